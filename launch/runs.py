@@ -1,0 +1,21 @@
+"""List and compare run folders: `python launch/runs.py`, `python launch/runs.py compare=runs/a,runs/b`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if (ROOT / "metadist" / "config.py").is_file():  # a checkout: works uninstalled, from any folder
+    sys.path.insert(0, str(ROOT))
+
+from metadist.run import listing
+from metadist.run.guard import guarded
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status of `launch/runs.py` on these words."""
+    return guarded(listing.main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

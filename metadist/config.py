@@ -1,0 +1,241 @@
+"""The typed configuration of a run: every key, its default and its meaning. Hydra, the Python API and tests all build this.
+
+``identity`` hashes what defines the result; what is mere circumstance (how many workers, which device) may differ on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class MethodConfig:
+    """A point in the space of methods; a published name sets the four words."""
+
+    name: str = "dd_random_init"  # the published name; a run folder and its manifest carry it
+    synthetic: str = "images"  # images
+    gradient: str = "unrolled"  # unrolled | truncated
+    init: str = "random"  # fixed | random | pretrained
+    objective: str = "real"  # real | poison
+    attack: int = 0  # poison: class K whose images are to be misread
+    target: int = 1  # poison: class T they are to be read as
+
+
+@dataclass
+class PretrainedConfig:
+    """Where theta0 comes from when method.init=pretrained."""
+
+    count: int = 20  # networks for training; as many again times `held_out` are kept for evaluation
+    held_out: float = 0.25  # fraction of the networks kept for evaluation only
+    data: str | None = None  # data set they are trained on; null: the run's own
+    epochs: int = 3  # passes over that data set
+    lr: float = 0.001  # Adam's rate
+    batch: int = 128  # real images a step
+    path: str | None = None  # a safetensors file of weights [count, P] instead of training
+
+
+@dataclass
+class InnerConfig:
+    """Training on the distilled images."""
+
+    steps: int = 10  # steps per pass over the distilled set
+    epochs: int = 3  # passes
+    optimizer: str = "sgd"  # sgd | momentum | adam
+    lr: float = 0.02  # initial rate of every step
+    learn_lr: bool = True  # one rate per step, learned; false: all stay at lr
+    rate: str = "softplus"  # softplus: learn softplus^-1 of the rate | raw: the rate itself, clamped at 1e-6
+    momentum: float = 0.9  # momentum's coefficient, Adam's beta1
+    learn_momentum: bool = False  # through a sigmoid, one per step
+    beta2: float = 0.999  # Adam's second
+    eps: float = 1e-4  # Adam: sqrt(v + eps^2)
+    loss_every: int = 0  # meta-loss at every k-th step; 0: at the last only
+    window: int = 0  # gradient=truncated: differentiated steps; 0: all
+
+
+@dataclass
+class LabelsConfig:
+    """Labels of the distilled images."""
+
+    kind: str = "hard"  # hard | soft: learned, as logits of a softmax
+    confidence: float = 0.9  # soft: probability of the own class at the start
+
+
+@dataclass
+class MetaConfig:
+    """The outer optimization."""
+
+    optimizer: str = "adam"  # adam | sgd
+    lr: float = 0.01  # meta rate of the distilled images
+    lr_rate: float | None = None  # meta rate of learned rates and momenta; null: lr
+    lr_labels: float | None = None  # meta rate of soft labels; null: lr
+    beta1: float = 0.5  # Adam's first, SGD's momentum
+    beta2: float = 0.999  # Adam's second
+    eps: float = 1e-8  # Adam: sqrt(v) + eps
+    schedule: str = "step"  # constant | step | cosine
+    decay: float = 0.5  # step: factor; cosine: final fraction
+    decay_every: int = 0  # step: meta-steps between decays; 0: never
+    warmup: int = 0  # meta-steps of linear warm-up
+    horizon: int = 0  # cosine: its length in meta-steps; 0: `steps` at the first start, recorded then
+    ema: float = 0.0  # decay of the average of the distilled set that is evaluated and kept; 0: none
+    clip: float = 0.0  # meta-gradient norm is clipped to this; 0: never
+    explode: float = 1e6  # a meta-gradient norm above this is skipped like a NaN
+    max_bad: int = 10  # skipped steps in a row before roll-back and half rate
+    max_rollbacks: int = 3  # after that many the run ends
+
+
+@dataclass
+class DataConfig:
+    """Real data."""
+
+    name: str = "digits"  # digits | mnist | fashion_mnist | cifar10 | cifar100 | svhn | usps | folder
+    root: str = "data"  # where torchvision finds or puts it
+    download: bool = False  # fetch it there if it is missing
+    path: str | None = None  # name=folder: class folders of images
+    size: int | None = None  # resize to size x size
+    validation: float = 0.1  # fraction of the training data held out
+    split_seed: int = 0  # draws which images are held out
+    normalize: str = "standard"  # standard: published mean and sd, else measured | zca | none
+    augment: str = "none"  # of real batches: none | crop | flip | crop_flip
+
+
+@dataclass
+class NetConfig:
+    """The learner."""
+
+    name: str = "lenet"  # mlp | lenet | alexcifar | convnet | resnet18 | resnet50 | custom
+    init: str = "xavier"  # xavier | kaiming | orthogonal | default
+    width: int = 0  # 0: the net's own default
+    depth: int = 0  # 0: the net's own default
+    norm: str = "instance"  # convnet: none | batch | layer | instance | group
+    activation: str = "relu"  # sigmoid | relu | leaky
+    pooling: str = "avg"  # none | max | avg
+    target: str | None = None  # name=custom: import path of an nn.Module class
+    kwargs: dict[str, Any] = field(default_factory=dict)  # name=custom: its arguments
+
+
+@dataclass
+class EngineConfig:
+    """How the mathematics is executed. Resolved once (`auto`), recorded, reused on resume."""
+
+    compile: str = "auto"  # auto | on | off
+    mixed: str = "reverse"  # reverse | forward
+    group: int = 0  # tasks at once; 0: as many as memory_gb allows
+    memory_gb: float = 2.0  # budget of one worker for a group
+    dtype: str = "float32"  # float32 | float64
+    precision: str = "fp32"  # fp32 | tf32 | bf16 (matrix units)
+
+
+@dataclass
+class ExchangeConfig:
+    """How workers make one step together."""
+
+    name: str = "allreduce"  # allreduce
+    backend: str = "auto"  # auto | gloo | nccl
+    timeout_s: float = 600.0  # silence after which a worker is given up
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation during the run (validation split) and at its end (test split, once)."""
+
+    every: int = 100  # meta-steps between validations
+    nets: int = 20  # fresh networks, or held-out pre-trained ones
+    final_nets: int = 200  # at the end, on the test split
+    chunk: int = 20  # networks trained at once
+
+
+@dataclass
+class RunConfig:
+    """How a run is kept."""
+
+    checkpoint_every: int = 100  # meta-steps between checkpoints
+    checkpoint_s: float = 0.0  # and at least every so many seconds; 0: never by time
+    anchor_every: int = 0  # anchors kept for ever at these steps; 0: none
+    keep: int = 3  # newest checkpoints kept
+    log_every: int = 10  # meta-steps between lines and scalars
+    image_every: int = 200  # meta-steps between pictures in TensorBoard
+
+
+@dataclass
+class LowerBoundConfig:
+    """method=lower_bound: the linear-regression demonstration. It reads these keys, seed and run_dir alone."""
+
+    dimension: int = 16  # D: features of the real data
+    samples: int = 64  # N: real examples
+    set_sizes: list[int] = field(default_factory=lambda: [1, 4, 8, 12, 15, 16, 20, 32])  # M: distilled examples, each tried
+    trials: int = 5  # random problems for every M
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    net: NetConfig = field(default_factory=NetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    lower_bound: LowerBoundConfig = field(default_factory=LowerBoundConfig)
+    steps: int = 400  # meta-steps
+    tasks: int = 8  # global meta-batch
+    ipc: int = 10  # distilled images per class in all
+    real_batch: int = 256  # real images per task
+    seed: int = 0  # of every random draw
+    run_dir: str | None = None  # null: runs/<method>-<data>-<net>-<8 hex of the identity>
+    workers: int = 1  # processes that share the tasks of a meta-step; 1 to tasks
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int = 0  # per worker; 0: cores / workers
+    cache_dir: str = "~/.cache/metadist"  # what several runs can share: whitening, pre-trained networks
+    smoke: bool = False  # the preset's few-second version
+
+
+CIRCUMSTANCE = {
+    "steps", "run_dir", "workers", "device", "threads", "cache_dir", "run", "smoke",
+    "data.root", "data.download", "exchange.timeout_s", "exchange.backend",
+    "engine.compile", "engine.group", "engine.memory_gb", "eval.chunk", "eval.final_nets",
+}  # fmt: skip
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every leaf by its dotted name, sorted."""
+
+    def walk(prefix: str, node: dict[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for k, v in node.items():
+            if isinstance(v, dict) and f"{prefix}{k}" != "net.kwargs":
+                out |= walk(f"{prefix}{k}.", v)
+            else:
+                out[f"{prefix}{k}"] = v
+        return out
+
+    return dict(sorted(walk("", dataclasses.asdict(config)).items()))
+
+
+def is_circumstance(key: str) -> bool:
+    """Whether a leaf, by its dotted name, may differ when a run is resumed."""
+    return key in CIRCUMSTANCE or key.split(".")[0] in CIRCUMSTANCE
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The leaves that define the result: all but circumstance."""
+    return {k: v for k, v in flatten(config).items() if not is_circumstance(k)}
+
+
+def identity_hash(config: Config) -> str:
+    """SHA-256 of the identity, in hex."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def default_run_dir(config: Config) -> str:
+    """runs/<method>-<data>-<net>-<8 hex of the identity>."""
+    return f"runs/{config.method.name}-{config.data.name}-{config.net.name}-{identity_hash(config)[:8]}"

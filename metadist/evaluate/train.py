@@ -1,0 +1,178 @@
+"""Training many learners at once, and what they then know. Nothing here is differentiated through.
+
+Design choices
+- n networks are one tensor [n, P], trained under vmap in chunks of equal size. The last chunk is filled up with copies, which
+  are thrown away: one shape, so that a compiled or captured step is made once.
+- Ordinary training shuffles for each network on its own, by a permutation drawn from that network's key: its result does not
+  depend on which networks it was trained beside.
+- BatchNorm's statistics are re-estimated on the images that were trained on, never on test images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from metadist import draw
+from metadist.data.augment import augment as augmented
+from metadist.data.splits import Split
+from metadist.errors import unknown
+from metadist.metagrad.inner import Inner
+from metadist.metagrad.mixed import Batch
+from metadist.metagrad.optimizers import Optimizer
+from metadist.nets.learner import Learner
+from metadist.nets.loss import cross_entropy_loss
+
+SCHEDULES = ("constant", "half")
+
+
+def chunks(n: int, chunk: int) -> Iterator[tuple[Tensor, int]]:
+    """Indices of n networks in chunks of one common size of at most ``chunk``: (int64 [size], how many of them count)."""
+    pieces = -(-n // max(chunk, 1))
+    size = -(-n // max(pieces, 1))
+    for start in range(0, n, max(size, 1)):
+        yield torch.arange(start, start + size).clamp(max=n - 1), min(size, n - start)
+
+
+def in_chunks(function: Callable[..., Tensor], n: int, chunk: int, *per_net: Tensor) -> Tensor:
+    """``function`` applied to chunks of tensors [n, ...]; its results [size, ...] put together again: [n, ...]."""
+    out = []
+    for index, count in chunks(n, chunk):
+        out.append(function(*(t[index.to(t.device)] for t in per_net))[:count])
+    return torch.cat(out)
+
+
+def recorded(inner: Inner, theta0: Tensor, batches: Batch, order: Sequence[int], h: Tensor, *, chunk: int = 20) -> Tensor:
+    """Weights [n, P] after the recorded, ordered steps.
+
+    inner: loss, optimizer and execution.
+    theta0: [n, P].
+    batches: (x [S, B, C, H, W], y [S, B] or [S, B, K]) if inner.shared, else each network's own, with [n, ...] in front.
+    order: batch index of each of the T steps.
+    h: [T, K] from ``Optimizer.schedule``.
+    chunk: networks at once.
+    """
+
+    def train(theta: Tensor, *own: Tensor) -> Tensor:
+        return inner.train(theta, own or batches, order, h)
+
+    return in_chunks(train, len(theta0), chunk, theta0, *(() if inner.shared else batches))
+
+
+def ordinary(
+    learner: Learner, optimizer: Optimizer, weight_decay: float = 0.0, compile: bool = False, graph: bool = False
+) -> Inner:
+    """The ``Inner`` of ordinary training, to be shared by several calls of ``standard`` (it is compiled once)."""
+    return Inner(cross_entropy_loss(learner, weight_decay), optimizer, compile=compile, graph=graph, shared=False)
+
+
+def standard(
+    learner: Learner,
+    theta0: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int,
+    optimizer: Optimizer,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    batch: int = 128,
+    keys: Tensor,
+    augment: str = "none",
+    schedule: str = "constant",
+    chunk: int = 20,
+    index: Tensor | None = None,
+    inner: Inner | None = None,
+) -> Tensor:
+    """Weights [n, P] after ordinary shuffled minibatch training of n networks, each with a shuffling of its own.
+
+    theta0: [n, P].
+    x: [N, C, H, W]; y: int64 [N] or float [N, K].
+    epochs: passes; a last batch that is not full is used as it is.
+    lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss.
+    batch: images a step, at most N.
+    keys: int64 [n, 2], one a network, for shuffling and augmentation.
+    augment: of every batch anew: none | crop | flip | crop_flip.
+    schedule: constant | half (a tenth of the rate from half of the steps on).
+    chunk: networks at once.
+    index: int64 [n, M]: the images (rows of x) that each network trains on; None: all N, for all networks.
+    inner: from ``ordinary``, to reuse what was compiled; must have been made with this learner, optimizer and decay.
+    Raises UserError for an unknown schedule or augmentation.
+    """
+    if schedule not in SCHEDULES:
+        raise unknown("schedule", schedule, SCHEDULES)
+    run = inner if inner is not None else ordinary(learner, optimizer, weight_decay)
+    size = len(x) if index is None else index.shape[1]
+    h = optimizer.schedule(*_rates(epochs * -(-size // min(batch, size)), lr, momentum, schedule, theta0))
+
+    def train(theta: Tensor, keys: Tensor, *own: Tensor) -> Tensor:
+        state = optimizer.init(theta)
+        for t, (key, rows) in enumerate(_order(keys, size, batch, epochs)):
+            rows = own[0].gather(1, rows) if own else rows
+            images = augmented(augment, key, x[rows])
+            state = run.advance(state, (images.unsqueeze(1), y[rows].unsqueeze(1)), (0,), h[t : t + 1])
+        return state[0]
+
+    keys = keys.to(theta0.device)
+    with torch.no_grad():
+        return in_chunks(train, len(theta0), chunk, theta0, keys, *(() if index is None else (index,)))
+
+
+def _rates(steps: int, lr: float, momentum: float, schedule: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    rates = torch.full((steps,), lr, dtype=like.dtype, device=like.device)
+    if schedule == "half":
+        rates[steps // 2 :] *= 0.1
+    return rates, torch.full_like(rates, momentum)
+
+
+def _order(keys: Tensor, size: int, batch: int, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(the step's keys [n, 2], the rows it takes [n, B]) of each step: every epoch a new permutation for each network."""
+    for epoch in range(epochs):
+        key = draw.split(keys, epoch)
+        for i, rows in enumerate(torch.split(draw.permutation(draw.split(key, 0), size), batch, dim=1)):
+            yield draw.split(key, 1 + i), rows
+
+
+@torch.no_grad()
+def statistics(learner: Learner, theta: Tensor, x: Tensor, *, chunk: int = 20) -> Tensor:
+    """BatchNorm statistics [n, Q] of trained networks on the images they were trained on (Q = 0 without BatchNorm).
+
+    theta: [n, P].
+    x: training images as batches [S, B, C, H, W], or each network's own [n, S, B, C, H, W]; averaged over S.
+    chunk: networks at once.
+    """
+    if not learner.buffers_size:
+        return theta.new_zeros(len(theta), 0)
+    own = x.dim() == 6
+
+    def average(theta: Tensor, *given: Tensor) -> Tensor:
+        batches = given[0].unbind(1) if own else x.unbind(0)
+        return torch.stack([vmap(learner.statistics, in_dims=(0, 0 if own else None))(theta, b) for b in batches]).mean(0)
+
+    return in_chunks(average, len(theta), chunk, theta, *((x,) if own else ()))
+
+
+@torch.no_grad()
+def predictions(learner: Learner, theta: Tensor, buffers: Tensor, x: Tensor, *, chunk: int = 20, batch: int = 500) -> Tensor:
+    """Predicted classes int64 [n, N] of n networks.
+
+    theta: [n, P]; buffers: [n, Q] from ``statistics``.
+    x: images [N, C, H, W].
+    chunk: networks at once; batch: images at once.
+    """
+
+    def predict(theta: Tensor, buffers: Tensor) -> Tensor:
+        parts = [vmap(learner.predict, in_dims=(0, 0, None))(theta, buffers, part).argmax(-1) for part in torch.split(x, batch)]
+        return torch.cat(parts, dim=1)
+
+    return in_chunks(predict, len(theta), chunk, theta, buffers)
+
+
+def accuracy(learner: Learner, theta: Tensor, buffers: Tensor, split: Split, *, chunk: int = 20, batch: int = 500) -> Tensor:
+    """Fraction of a split's images that each network gets right: float64 [n] on the CPU. Arguments as ``predictions``."""
+    guesses = predictions(learner, theta, buffers, split.x, chunk=chunk, batch=batch)
+    return (guesses == split.y).to(torch.float64).mean(1).cpu()

@@ -1,0 +1,96 @@
+"""The synchronous exchange: one flat buffer a step through torch.distributed (gloo on CPU, NCCL on GPU).
+
+Design choices
+- Tasks are numbered globally; worker r takes a contiguous share. What a task draws depends on its number alone, so any number
+  of workers, uneven shares included, sums the same gradients.
+- The buffer holds the gradient's sum, the loss's sum, the task count, and a stop flag: all workers leave at the same step.
+- Every worker applies the same update to the same state; no parameters travel.
+- The launcher hosts the rendezvous store; workers are its clients. The group stands on a prefix unique to each start: a restarted run never meets an older one's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metadist.config import Config
+from metadist.errors import RunError
+
+S = TypeVar("S")
+
+
+def share(tasks: int, rank: int, world: int) -> Tensor:
+    """The task numbers of one worker: contiguous, sizes differ by at most one."""
+    base, extra = divmod(tasks, world)
+    first = rank * base + min(rank, extra)
+    return torch.arange(first, first + base + (rank < extra))
+
+
+class Alone:
+    """The exchange of a single worker."""
+
+    rank, world = 0, 1
+
+    def step(
+        self, state: S, tasks: int, compute: Callable[[S, Tensor], Tensor], apply: Callable[[S, Tensor], S], stop: bool
+    ) -> tuple[S, bool]:
+        """Compute all tasks and apply."""
+        return apply(state, compute(state, share(tasks, 0, 1))), stop
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves."""
+        return values
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class AllReduce:
+    """The exchange of several workers."""
+
+    def __init__(self, config: Config, rank: int, world: int, store: str, incarnation: int) -> None:
+        """Join the group. Raises RunError if the others do not come within exchange.timeout_s."""
+        self.rank, self.world = rank, world
+        backend = config.exchange.backend
+        if backend == "auto":
+            backend = "nccl" if config.device == "cuda" else "gloo"
+        host, port = store.rsplit(":", 1)
+        timeout = timedelta(seconds=config.exchange.timeout_s)
+        try:
+            tcp = dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)
+            prefixed = dist.PrefixStore(f"start-{incarnation}", tcp)
+            dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise RunError(f"worker {rank} could not join the others at {store}: {_first_line(error)}") from error
+
+    def step(
+        self, state: S, tasks: int, compute: Callable[[S, Tensor], Tensor], apply: Callable[[S, Tensor], S], stop: bool
+    ) -> tuple[S, bool]:
+        """Compute this worker's share, sum over workers, apply the same update everywhere."""
+        part = compute(state, share(tasks, self.rank, self.world))
+        buffer = self.sum(torch.cat((part, part.new_tensor([float(stop)]))))
+        return apply(state, buffer[:-1]), bool(buffer[-1] > 0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """All-reduce in place. Raises RunError when a worker is lost."""
+        try:
+            dist.all_reduce(values)
+        except RuntimeError as error:
+            raise RunError(
+                f"worker {self.rank} lost another worker ({_first_line(error)}); run the same command again to resume"
+            ) from error
+        return values
+
+    def close(self) -> None:
+        """Leave the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

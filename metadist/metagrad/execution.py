@@ -1,0 +1,71 @@
+"""How a pure function of fixed shapes is executed: as it stands, compiled, or captured in a CUDA graph.
+
+Compilation needs a C++ compiler on a CPU; ``compiler_at_hand`` asks for one. Both ways of execution give the same numbers as
+the plain one in float64 (tested), up to the rounding of another order of summation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiler_at_hand() -> bool:
+    """Whether a C++ compiler that ``torch.compile`` would use is on this machine."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+
+def accelerate(function: F, compile: bool, graph: bool) -> F:
+    """``function``, compiled and captured as asked. Capture applies where its tensors lie on a GPU."""
+    fast: Any = torch.compile(function, fullgraph=True, dynamic=False) if compile else function
+    return Captured(fast) if graph else fast
+
+
+class Captured:
+    """A function of tensors recorded in a CUDA graph at its first call and replayed from then on.
+
+    Every argument is a tree of tensors of fixed shapes on one GPU; so is the result. Each signature (shapes, dtypes) gets a
+    graph of its own. The function must not synchronise with the host. On a CPU the function is simply called.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Record nothing yet."""
+        self.function = function
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Replay with these arguments; the result is a fresh copy, safe to keep."""
+        leaves, spec = tree_flatten(args)
+        if not leaves or not leaves[0].is_cuda:
+            return self.function(*args)
+        signature = (spec, *((leaf.shape, leaf.dtype, leaf.requires_grad) for leaf in leaves))
+        if signature not in self._graphs:
+            self._graphs[signature] = self._capture(leaves, spec)
+        graph, slots, out = self._graphs[signature]
+        for slot, leaf in zip(slots, leaves, strict=True):
+            slot.data.copy_(leaf.detach())
+        graph.replay()
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
+
+    def _capture(self, leaves: list[Tensor], spec: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
+        slots = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
+        args = tree_unflatten(slots, spec)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # Compilation, autotuning and library handles happen here, where the host may be waited for.
+            for _ in range(3):
+                self.function(*args)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.function(*args)
+        return graph, slots, out

@@ -1,0 +1,33 @@
+"""Published methods as points in a space of axes; ``build`` puts one together from the words of the configuration."""
+
+from __future__ import annotations
+
+from metadist.config import Config
+from metadist.data import Data
+from metadist.errors import UserError
+from metadist.metagrad.inner import Inner
+from metadist.methods.dd import Distillation, Window, whole
+from metadist.methods.poison import relabelled
+from metadist.methods.starts import Starts
+from metadist.methods.truncated import random_window
+from metadist.synthetic.images import Images
+
+
+def window_of(config: Config) -> Window:
+    """The differentiated part of each meta-step's unroll. Raises UserError for a window longer than the unroll."""
+    inner = config.inner
+    steps = inner.steps * inner.epochs
+    if config.method.gradient == "unrolled":
+        return whole(steps, inner.loss_every)
+    if not 1 <= inner.window <= steps:
+        raise UserError(
+            f"inner.window={inner.window} must lie between 1 and inner.steps x inner.epochs = {steps} for gradient=truncated"
+        )
+    return random_window(steps, inner.window, inner.loss_every, config.seed)
+
+
+def build(config: Config, data: Data, synthetic: Images, inner: Inner, starts: Starts) -> Distillation:
+    """The method that ``config.method`` names."""
+    method = config.method
+    relabel = relabelled(method.attack, method.target) if method.objective == "poison" else None
+    return Distillation(config, data, synthetic, inner, starts, window_of(config), relabel)

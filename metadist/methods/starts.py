@@ -1,0 +1,72 @@
+"""p(theta0): where a task's initial weights come from (method.init)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metadist import draw
+from metadist.nets import Learner
+
+
+class Starts(Protocol):
+    """A distribution of initial weights, with draws for training and others, never seen there, for evaluation."""
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        """Initial weights [G, P] of these tasks of this meta-step."""
+        ...
+
+    def held_out(self, count: int) -> Tensor:
+        """At most ``count`` initial weights [n, P] that ``sample`` never gives (a fixed one has no other: n = 1)."""
+        ...
+
+
+class Fixed:
+    """method.init=fixed: one theta0, drawn once, for training and evaluation alike."""
+
+    def __init__(self, learner: Learner, seed: int, device: torch.device) -> None:
+        """Draw it."""
+        self.theta0 = learner.init(draw.key(seed, "theta0", 0, torch.zeros(1, dtype=torch.int64, device=device)))
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        """The same weights for every task."""
+        return self.theta0.expand(len(tasks), -1).contiguous()
+
+    def held_out(self, count: int) -> Tensor:
+        """The same weights."""
+        return self.theta0
+
+
+class Random:
+    """method.init=random: a fresh draw of the net's own p(theta0) for every task."""
+
+    def __init__(self, learner: Learner, seed: int, device: torch.device) -> None:
+        """Remember where to draw."""
+        self.learner, self.seed, self.device = learner, seed, device
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        """Weights of these tasks."""
+        return self.learner.init(draw.key(self.seed, "theta0", step, tasks))
+
+    def held_out(self, count: int) -> Tensor:
+        """Draws of another stream."""
+        return self.learner.init(draw.key(self.seed, "evaluation", 0, torch.arange(count, device=self.device)))
+
+
+class Pretrained:
+    """method.init=pretrained: networks drawn from a pool of trained ones; the last of them are kept for evaluation."""
+
+    def __init__(self, pool: Tensor, held_out: float, seed: int) -> None:
+        """pool: [count, P]. held_out: the fraction kept for evaluation, at least one network on each side."""
+        kept = min(max(1, round(len(pool) * held_out)), len(pool) - 1)
+        self.train, self.kept, self.seed = pool[: len(pool) - kept], pool[len(pool) - kept :], seed
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        """Networks drawn with replacement from the training part."""
+        return self.train[draw.integers(draw.key(self.seed, "theta0", step, tasks), (), len(self.train))]
+
+    def held_out(self, count: int) -> Tensor:
+        """The first ``count`` networks of the kept part."""
+        return self.kept[:count]

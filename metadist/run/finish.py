@@ -1,0 +1,85 @@
+"""The end of a run: the set chosen on validation, judged once on the test split, written with its picture and summary."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import metadist
+from metadist.evaluate.statistics import Summary
+from metadist.exchange import Exchange
+from metadist.run import judge
+from metadist.run.folder import RunFolder, environment
+from metadist.run.monitor import Monitor
+from metadist.run.setup import Setup
+from metadist.run.state import MetaState
+from metadist.synthetic.images import Phi
+
+
+def picture(setup: Setup, phi: Phi) -> NDArray[np.uint8]:
+    """The distilled images as one grid, uint8 [H, W, 3]."""
+    return judge.distilled(setup, phi, 0, {}).picture()
+
+
+def finish(
+    setup: Setup, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor, minutes: float
+) -> dict[str, Any]:
+    """Judge the chosen set on the test split, write the result, return the summary. All workers take part; rank 0 writes."""
+    config = setup.config
+    best = state.best or dict(state.kept)
+    monitor.say(f"judging the set of step {state.best_step} on the test split")
+    test = judge.summaries(judge.outcomes(setup, best, setup.data.test, config.eval.final_nets, exchange))
+    summary: dict[str, Any] = {
+        "method": config.method.name,
+        "data": config.data.name,
+        "net": config.net.name,
+        "seed": config.seed,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "valid_accuracy": state.best_valid,
+        "test": test["score"],
+        "figures": {k: v for k, v in test.items() if k != "score"},
+        "images": setup.synthetic.count,
+        "skipped": state.skipped,
+        "rollbacks": state.rollbacks,
+        "minutes": round(minutes, 2),
+        "workers": exchange.world,
+        "version": metadist.__version__,
+        "environment": environment(),
+        "finished": True,
+    }
+    if exchange.rank == 0:
+        summary["baselines"] = judge.baselines(setup, judge.distilled(setup, best, state.best_step, {}))
+        summary["text"] = text(summary, folder)
+        write(setup, state, folder, best, summary)
+    exchange.sum(setup.data.test.y.new_zeros(1))  # nobody leaves before the result is on disk
+    return summary
+
+
+def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary: dict[str, Any]) -> None:
+    """Write distilled sets, picture, report and, last, the summary that says the run is finished."""
+    metrics = {k: summary[k] for k in ("test", "figures", "valid_accuracy", "baselines")}
+    chosen = judge.distilled(setup, best, state.best_step, metrics)
+    folder.fence()
+    chosen.save(folder.path / "distilled.safetensors")
+    judge.distilled(setup, dict(state.kept), state.step, {}).save(folder.path / "distilled-last.safetensors")
+    chosen.save_picture(folder.path / "images.png")
+    folder.write_summary(summary)
+
+
+def text(summary: dict[str, Any], folder: RunFolder) -> str:
+    """What a person reads at the end."""
+    kind = {"images": f"{summary['images']} distilled images"}["images"]
+    lines = [f"{summary['method']} on {summary['data']}, {summary['net']}, {summary['steps']} meta-steps, {summary['minutes']:.1f} min"]
+    lines.append(f"  trained on {kind:32s} test accuracy {Summary(**summary['test']).text()}")
+    for name, value in summary["baselines"].items():
+        what = f"{summary['images']} real images, {name}"
+        lines.append(f"  trained on {what:32s} test accuracy {Summary(**value).text()}")
+    for name, value in summary["figures"].items():
+        lines.append(f"  {name.replace('_', ' '):43s} {Summary(**value).text()}")
+    path = shlex.quote(str(folder.path))
+    lines.append(f"look at {path}/report.png and images.png; monitor: tensorboard --logdir {path}")
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""The bias of a run's meta-gradient: as configured, against the exact one.
+
+Exact means: float64, full precision, every inner step differentiated, meta-loss where the configuration has it. Both see the
+same meta-parameters, tasks, initial weights and real images; what differs is truncation and arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist import methods, nets
+from metadist.config import Config
+from metadist.data import Data, Split
+from metadist.metagrad.inner import Inner
+from metadist.methods.starts import Starts
+from metadist.nets.loss import cross_entropy_loss
+from metadist.run.compute import Compute
+from metadist.run.folder import RunFolder
+from metadist.run.setup import Setup, build
+from metadist.synthetic.images import Images, Phi
+
+_GROUP = 8  # tasks at once, where the run has not fixed a number
+
+
+@dataclass(frozen=True)
+class Bias:
+    """How far one meta-gradient is from the exact one."""
+
+    parameter: str  # images | rate | momentum | labels | all
+    cosine: float
+    relative_error: float  # |configured - exact| / |exact|
+    norm: float  # |exact|
+
+
+class _Wide:
+    """The same starts in float64."""
+
+    def __init__(self, starts: Starts) -> None:
+        self.starts = starts
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        return self.starts.sample(step, tasks).to(torch.float64)
+
+    def held_out(self, count: int) -> Tensor:
+        return self.starts.held_out(count).to(torch.float64)
+
+
+def exact(setup: Setup) -> Setup:
+    """The run without approximations: float64, fp32 units out of play, the whole unroll."""
+    config = copy.deepcopy(setup.config)
+    config.method.gradient, config.inner.window = "unrolled", 0
+    config.engine.dtype, config.engine.precision, config.engine.mixed = "float64", "fp32", "reverse"
+    data, wide = _widened(setup.data), torch.float64
+    classes = len(data.classes)
+    learner = nets.build(config.net, data.channels, data.size, classes, wide, setup.device)
+    synthetic = Images(config, classes, data.train.x.shape[1:], wide, setup.device)
+    inner, starts = Inner(cross_entropy_loss(learner), synthetic.optimizer), _Wide(setup.starts)
+    method = methods.build(config, data, synthetic, inner, starts)
+    return Setup(config, setup.device, data, learner, synthetic, starts, inner, method)
+
+
+def _widened(data: Data) -> Data:
+    # Only the training split is drawn from.
+    return dataclasses.replace(data, train=Split(data.train.x.to(torch.float64), data.train.y))
+
+
+def gradient(setup: Setup, phi: Phi, step: int) -> dict[str, Tensor]:
+    """The meta-gradient of one meta-step, by parameter, in float64 on the CPU: mean over all its tasks."""
+    tasks = torch.arange(setup.config.tasks)
+    group = min(setup.config.engine.group or _GROUP, len(tasks))
+    total = Compute(setup.method, group, setup.device, static=False)(phi, step, tasks).to("cpu", torch.float64)
+    parts = torch.split(total[:-2] / total[-1], [p.numel() for p in phi.values()])
+    return dict(zip(phi, parts, strict=True))
+
+
+def compare(given: dict[str, Tensor], right: dict[str, Tensor]) -> list[Bias]:
+    """One line for each parameter and one for all together."""
+    pairs = [(name, given[name], right[name]) for name in right]
+    pairs.append(("all", torch.cat([given[n] for n in right]), torch.cat(list(right.values()))))
+    out = []
+    for name, a, b in pairs:
+        norm = float(torch.linalg.vector_norm(b))
+        scale = max(float(torch.linalg.vector_norm(a)) * norm, 1e-300)
+        error = float(torch.linalg.vector_norm(a - b)) / max(norm, 1e-300)
+        out.append(Bias(name, float(a @ b) / scale, error, norm))
+    return out
+
+
+def state_of(folder: RunFolder, setup: Setup) -> tuple[Phi, int]:
+    """Meta-parameters and step of the newest checkpoint; those at the start if there is none."""
+    found = folder.checkpoints.load_newest()
+    if found is None:
+        return setup.method.parameters(), 0
+    step, tensors, _ = found
+    phi = {k.removeprefix("phi/"): v.to(setup.device) for k, v in tensors.items() if k.startswith("phi/")}
+    return phi, step
+
+
+def check(folder: RunFolder, config: Config) -> tuple[int, list[Bias]]:
+    """(meta-step, biases) of a run folder's next meta-step."""
+    setup = build(config)
+    phi, step = state_of(folder, setup)
+    right = gradient(exact(setup), {k: v.to(torch.float64) for k, v in phi.items()}, step)
+    return step, compare(gradient(setup, phi, step), right)

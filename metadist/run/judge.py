@@ -1,0 +1,100 @@
+"""Judging a set while and after it is learned: validation by held-out starts, the test split once, the set's own file.
+
+Networks are shared out over the workers by number; each result is a function of the network's number alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import metadist
+from metadist.data import Split
+from metadist.evaluate.protocols import Evaluation
+from metadist.evaluate.recipe import Recipe
+from metadist.evaluate.statistics import Summary
+from metadist.evaluate.train import predictions, recorded, statistics
+from metadist.exchange import Exchange
+from metadist.exchange.allreduce import share
+from metadist.methods.poison import figures
+from metadist.run.setup import Setup
+from metadist.synthetic.distilled import DistilledSet, theta0_recipe
+from metadist.synthetic.images import Phi
+
+
+def outcomes(setup: Setup, phi: Phi, split: Split, count: int, exchange: Exchange) -> dict[str, Tensor]:
+    """Figures of held-out networks trained on ``phi``, each float64 [n]: "score", and the figures of a poisoned set.
+
+    The score is what checkpoints are chosen by: accuracy in the labels the method's judge uses.
+    """
+    theta0 = setup.starts.held_out(count)
+    mine = share(len(theta0), exchange.rank, exchange.world).to(setup.device)
+    names = ["score"] + (["accuracy", "attacked_accuracy", "success"] if setup.method.relabel else [])
+    table = torch.zeros(len(names), len(theta0), dtype=torch.float64, device=setup.device)
+    if len(mine):
+        table[:, mine] = _figures(setup, phi, split, theta0[mine]).to(setup.device)
+    return dict(zip(names, exchange.sum(table).cpu(), strict=True))
+
+
+def _figures(setup: Setup, phi: Phi, split: Split, theta0: Tensor) -> Tensor:
+    synthetic, method, chunk = setup.synthetic, setup.config.method, setup.config.eval.chunk
+    with torch.no_grad():
+        batches, h = synthetic.batches(phi), synthetic.schedule(phi)
+        theta = recorded(setup.inner, theta0, batches, synthetic.order, h, chunk=chunk)
+        guesses = predictions(setup.learner, theta, statistics(setup.learner, theta, batches[0], chunk=chunk), split.x, chunk=chunk)
+    if setup.method.relabel is None:
+        return (guesses == split.y).to(torch.float64).mean(1)[None]
+    score = (guesses == setup.method.relabel(split.y)).to(torch.float64).mean(1)
+    return torch.stack((score, *figures(guesses, split.y, method.attack, method.target)))
+
+
+def summaries(values: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Mean, sd, n and 95% interval of each figure."""
+    return {k: Summary.of(v).as_dict() for k, v in values.items()}
+
+
+def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> DistilledSet:
+    """The set that ``phi`` is after ``step`` meta-steps, with its recipe and manifest."""
+    config, synthetic = setup.config, setup.synthetic
+    theta0 = setup.starts.held_out(1)[0].cpu() if config.method.init == "fixed" else None
+    net = dataclasses.asdict(config.net)
+    manifest: dict[str, Any] = {
+        "method": config.method.name,
+        "data": config.data.name,
+        "classes": list(setup.data.classes),
+        "channels": setup.data.channels,
+        "size": setup.data.size,
+        "net": net,
+        "seed": config.seed,
+        "step": step,
+        "version": metadist.__version__,
+        "metrics": metrics,
+    }
+    if theta0 is not None and config.net.name != "custom" and theta0.dtype == torch.float32:
+        # Drawn again by its recipe: the file stays as small as its images.
+        manifest["theta0_recipe"] = theta0_recipe(net, config.seed, theta0)
+        theta0 = None
+    return DistilledSet(
+        images=phi["images"].detach().cpu(),
+        labels=synthetic.labels(phi).detach().cpu(),
+        order=torch.tensor(synthetic.order),
+        lr=synthetic.rates(phi).detach().cpu(),
+        normalization=setup.data.normalization,
+        momentum=None if (m := synthetic.momenta(phi)) is None else m.detach().cpu(),
+        optimizer=dataclasses.asdict(synthetic.optimizer),
+        theta0=theta0,
+        manifest=manifest,
+    )
+
+
+def baselines(setup: Setup, chosen: DistilledSet) -> dict[str, dict[str, Any]]:
+    """What as many random real images are worth: same steps, rate chosen on validation, judged on the test split."""
+    config = setup.config
+    evaluation = Evaluation(
+        setup.learner, setup.data, setup.starts, nets=min(config.eval.final_nets, 20), seed=config.seed, chunk=config.eval.chunk
+    )
+    result = evaluation.random(Recipe.of(chosen, setup.learner.dtype, setup.device))
+    return {"random": result.summary.as_dict()}

@@ -1,0 +1,102 @@
+"""Before the first step: how the work is executed (group size, compilation), resolved once, and what the run will cost.
+
+Design choices
+- The memory of one task is measured by a trial task, not guessed; as many tasks as engine.memory_gb holds run at once.
+- compile=auto: on a GPU always; on a CPU if a C++ compiler is there and the remaining steps, at the speed of an uncompiled trial
+  step, would repay a minute or so of compilation.
+- Decisions depend on the clock and the machine, so they are written into the run folder and reused.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from metadist.exchange import Exchange
+from metadist.exchange.allreduce import share
+from metadist.metagrad.execution import compiler_at_hand
+from metadist.metagrad.memory import LiveBytes, group_size
+from metadist.run import judge
+from metadist.run.compute import Compute
+from metadist.run.cost import disk_mb, estimate, peak_memory_mb
+from metadist.run.folder import RunFolder
+from metadist.run.monitor import Monitor
+from metadist.run.setup import Setup
+from metadist.run.state import MetaState
+
+COMPILE_S = 60.0  # what compilation of step and adjoint takes on a CPU, rounded up
+SAVED = 0.35  # the fraction of a step's time that it saves there (benchmarks/engine.py)
+
+
+class Decisions(NamedTuple):
+    """How a run is executed."""
+
+    group: int
+    compile: bool
+
+
+def decide(setup: Setup, folder: RunFolder, exchange: Exchange, step: int) -> Decisions:
+    """Resolve group size and compilation for this number of workers, or read what was resolved before."""
+    engine, most = setup.config.engine, len(share(setup.config.tasks, 0, exchange.world))
+    group = engine.group or int(folder.resolve(f"group-{exchange.world}", lambda: _group(setup, most)))
+    group = min(group, most)
+    if engine.compile != "auto":
+        return Decisions(group, engine.compile == "on")
+    compile = folder.resolve("compile", lambda: _worth_compiling(setup, group, most, step))
+    return Decisions(group, bool(compile))
+
+
+def _group(setup: Setup, most: int) -> int:
+    one = Compute(setup.method, 1, setup.device, static=False)
+    with LiveBytes(setup.device) as live:
+        one(setup.method.parameters(), 0, torch.arange(1))
+    return group_size(setup.config.engine.memory_gb * 1e9, max(live.peak, 1), most)
+
+
+def _worth_compiling(setup: Setup, group: int, most: int, step: int) -> bool:
+    if setup.device.type == "cuda":
+        return True
+    if not compiler_at_hand():
+        return False
+    compute = Compute(setup.method, group, setup.device, setup.static)
+    seconds = _trial(setup, compute, most)
+    return seconds * SAVED * (setup.config.steps - step) > 2 * COMPILE_S
+
+
+def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
+    """Seconds of one meta-step's compute on the initial parameters, after a warm-up. Nothing is applied."""
+    phi = setup.method.parameters()
+    for _ in range(2):
+        began = time.perf_counter()
+        compute(phi, 0, torch.arange(tasks)).sum().item()
+    return time.perf_counter() - began
+
+
+def announce(
+    setup: Setup, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor
+) -> None:
+    """Say what the run will cost, measured by a trial step; all workers take part, so that they contend as they will."""
+    config = setup.config
+    if state.step >= config.steps:
+        return
+    seconds = _trial(setup, compute, len(share(config.tasks, exchange.rank, exchange.world)))
+    compute.spent()
+    nets = min(config.eval.nets, 2 * exchange.world)
+    began = time.perf_counter()
+    judge.outcomes(setup, state.kept, setup.data.valid, nets, exchange)
+    network = (time.perf_counter() - began) / nets
+    left = config.steps - state.step
+    tests = config.eval.final_nets * len(setup.data.test.y) / len(setup.data.valid.y)
+    fixed = config.method.init == "fixed"
+    evaluation = network * ((left // config.eval.every) * (1 if fixed else config.eval.nets) + (1 if fixed else tests))
+    checkpoint = sum(t.numel() * t.element_size() for t in state.tensors().values()) * 2 / 1e6
+    images = sum(p.numel() for p in state.phi.values()) * 4 / 1e6
+    scalars = left // config.run.log_every * (12 + 2 * len(setup.synthetic.order))
+    disk = disk_mb(checkpoint, images, config.run.keep, 0, scalars, (left // config.run.image_every + 2) * images)
+    peak = peak_memory_mb(setup.device)
+    text = estimate(seconds, left, peak, disk, evaluation_s=evaluation, workers=exchange.world, tasks=config.tasks)
+    monitor.say(text)
+    how = f"groups of {compute.group}, {'compiled' if setup.inner.compiled else 'not compiled'}, {setup.device}"
+    monitor.say(f"{how}; run folder {folder.path}")

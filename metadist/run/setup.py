@@ -1,0 +1,113 @@
+"""From a configuration to the objects of a run: data, learner, synthetic set, inner training, starts, method."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metadist import data as data_room
+from metadist import draw, methods, nets
+from metadist.config import Config
+from metadist.data import Data
+from metadist.errors import UserError
+from metadist.metagrad.inner import Inner
+from metadist.metagrad.mixed import Batch, Loss
+from metadist.methods.dd import Distillation
+from metadist.evaluate.pool import pool
+from metadist.methods.starts import Fixed, Pretrained, Random, Starts
+from metadist.nets import Learner
+from metadist.nets.loss import cross_entropy_loss
+from metadist.run.validate import validate_with_data
+from metadist.synthetic.images import Images
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything one worker computes with."""
+
+    config: Config
+    device: torch.device
+    data: Data
+    learner: Learner
+    synthetic: Images
+    starts: Starts
+    inner: Inner
+    method: Distillation
+
+    @property
+    def static(self) -> bool:
+        """Whether every meta-step has the same number of inner steps."""
+        return self.config.method.gradient != "truncated"
+
+    def compiled(self, compile: bool) -> Setup:
+        """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""
+        graph = self.device.type == "cuda" and not self.static
+        inner = Inner(self.inner.loss, self.inner.optimizer, self.config.engine.mixed, compile, graph)
+        method = methods.build(self.config, self.data, self.synthetic, inner, self.starts)
+        return dataclasses.replace(self, inner=inner, method=method)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of this worker; with several GPUs LOCAL_RANK picks one. Raises UserError if there is no GPU for device=cuda."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU here; give device=cpu or device=auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def with_precision(loss: Loss, precision: str, device: torch.device) -> Loss:
+    """The loss with its matrix products in tf32 or bf16; fp32 leaves it alone."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision != "bf16":
+        return loss
+
+    def lowered(theta: Tensor, batch: Batch) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return loss(theta, batch)
+
+    return lowered
+
+
+def starts_of(config: Config, learner: Learner, data: Data, device: torch.device) -> Starts:
+    """p(theta0) as method.init says; a pool of pre-trained networks is trained or read here."""
+    if config.method.init == "fixed":
+        return Fixed(learner, config.seed, device)
+    if config.method.init == "random":
+        return Random(learner, config.seed, device)
+    where = {"root", "download"}
+    described = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in where}
+    identity = {"net": dataclasses.asdict(config.net), "data": described, "seed": config.seed, "dtype": config.engine.dtype}
+    return Pretrained(pool(config, learner, data, identity), config.pretrained.held_out, config.seed)
+
+
+def build(config: Config, data: Data | None = None, learner: Learner | None = None) -> Setup:
+    """Build everything, not compiled yet.
+
+    data, learner: given objects take the place of config.data and config.net (the Python API).
+    Raises UserError for a net that can't take the images or can't be differentiated, and for what ``validate_with_data`` refuses.
+    """
+    device, dtype = device_of(config), DTYPES[config.engine.dtype]
+    if data is None:
+        data = data_room.load(config.data, device, dtype, config.cache_dir)
+    validate_with_data(config, len(data.classes))
+    if learner is None:
+        learner = nets.build(config.net, data.channels, data.size, len(data.classes), dtype, device)
+    # Noise, not real images: equal pixels of a blank background are ties in max-pooling, where no derivative exists.
+    shape = (4, *data.train.x.shape[1:])
+    learner.check(draw.normal(draw.key(config.seed, "check", 0, torch.zeros((), dtype=torch.int64, device=device)), shape, dtype))
+    starts = starts_of(config, learner, data, device)
+    synthetic = Images(config, len(data.classes), data.train.x.shape[1:], dtype, device)
+    loss = with_precision(cross_entropy_loss(learner), config.engine.precision, device)
+    inner = Inner(loss, synthetic.optimizer, config.engine.mixed)
+    method = methods.build(config, data, synthetic, inner, starts)
+    return Setup(config, device, data, learner, synthetic, starts, inner, method)

@@ -1,0 +1,214 @@
+"""THE trainer: meta-steps through an exchange, with validation, checkpoints, roll-back, a monitor and a clean stop.
+
+Design choices
+- What a run does at step s is a function of (configuration, s) alone; so it may be killed anywhere and started again. What
+  depends on the clock or the machine (compilation, group size) is resolved once and recorded in the run folder.
+- At a step where several things are due, their order is fixed: roll-back, validation, checkpoint, stop. A checkpoint thus holds
+  the choice of the best set so far, and a resumed run validates at the steps the uninterrupted one does.
+- Roll-back goes to the state at the last multiple of run.checkpoint_every, which every checkpoint carries along: where a
+  stop or the clock happened to write checkpoints must not show in the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metadist.config import Config
+from metadist.errors import RunError
+from metadist.exchange import Exchange
+from metadist.run import finish, judge, plan
+from metadist.run.compute import Compute
+from metadist.run.cost import peak_memory_mb
+from metadist.run.folder import RunFolder
+from metadist.run.monitor import Monitor
+from metadist.run.setup import Setup, build
+from metadist.run.signals import Stop
+from metadist.run.state import MetaState
+
+Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, setup: Setup | None = None) -> dict[str, Any]:
+    """Run or resume until config.steps are done; returns the summary (with "stopped" if a signal ended it early).
+
+    config: as resolved by the folder. setup: prepared objects (the Python API); default: built from the configuration.
+    Raises UserError before any work, RunError for a fault on the way.
+    """
+    began = time.monotonic()
+    setup = setup or build(config)
+    check_pool(setup, folder)
+    horizon = config.meta.horizon or int(folder.resolve("horizon", lambda: config.steps))
+    state = MetaState(setup.method.parameters(), config.meta, horizon)
+    trainer = Trainer(setup, state, folder, exchange)
+    trainer.resume()
+    trainer.monitor = Monitor(folder.path if exchange.rank == 0 else None, state.step, config.steps, folder.incarnation)
+    try:
+        trainer.prepare()
+        stopped = trainer.loop(stop)
+        minutes = trainer.minutes_before + (time.monotonic() - began) / 60
+        if stopped is not None:
+            return {"steps": state.step, "stopped": stopped}
+        return finish.finish(trainer.setup, state, folder, exchange, trainer.monitor, minutes)
+    finally:
+        trainer.monitor.close()
+
+
+def check_pool(setup: Setup, folder: RunFolder) -> None:
+    """A resumed run must start from the very networks it began with. Raises RunError if the pool is another."""
+    if (weights := getattr(setup.starts, "train", None)) is None:
+        return
+    digest = hashlib.sha256(weights.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    if (known := folder.resolve("pool", lambda: digest)) != digest:
+        raise RunError(
+            f"the pre-trained networks are not those this run began with (sha256 {digest[:12]}, recorded {known[:12]}): "
+            "restore cache_dir or pretrained.path, or start a new run_dir"
+        )
+
+
+class Trainer:
+    """One worker's part of a run."""
+
+    def __init__(self, setup: Setup, state: MetaState, folder: RunFolder, exchange: Exchange) -> None:
+        """Keep the pieces; ``resume`` and ``prepare`` come before ``loop``."""
+        self.setup, self.state, self.folder, self.exchange = setup, state, folder, exchange
+        self.config: Config = setup.config
+        self.monitor = Monitor(None, 0, 0)
+        self.anchor: Snapshot = self._snapshot()
+        self.minutes_before = 0.0
+        self._started = self._saved = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        self._since = 0
+        self.compute = Compute(setup.method, 1, setup.device, setup.static)
+
+    def resume(self) -> None:
+        """Restore the newest whole checkpoint, if any. Raises RunError if workers find different ones."""
+        found = self.folder.checkpoints.load_newest()
+        if found is not None:
+            _, tensors, metadata = found
+            if metadata["anchor"] is None:
+                self.anchor = (tensors, metadata["state"])
+            else:
+                prefix = "anchor/"
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                self.anchor = (own, metadata["anchor"])
+                tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+            self.state.restore(tensors, metadata["state"])
+            self.minutes_before = metadata["minutes"]
+        step = self.state.step
+        total = self.exchange.sum(torch.tensor([float(step), float(step) ** 2], dtype=torch.float64, device=self.setup.device))
+        world = self.exchange.world
+        if float(total[0]) != step * world or float(total[1]) != step**2 * world:
+            raise RunError(f"worker {self.exchange.rank} found a checkpoint of step {step}, others of another; can all see run_dir?")
+
+    def prepare(self) -> None:
+        """Resolve group size and compilation, and tell what the run will cost, by a trial step."""
+        decided = plan.decide(self.setup, self.folder, self.exchange, self.state.step)
+        self.setup = self.setup.compiled(decided.compile)
+        self.compute = Compute(self.setup.method, decided.group, self.setup.device, self.setup.static)
+        plan.announce(self.setup, self.compute, self.state, self.folder, self.exchange, self.monitor)
+
+    def loop(self, stop: Stop) -> str | None:
+        """Meta-steps until config.steps; returns the name of the signal that ended it before, if one did."""
+        state, due = self.state, self.config.run
+        while state.step < self.config.steps:
+            leave = self._step(stop)
+            if state.bad >= self.config.meta.max_bad:
+                self._roll_back()
+            last = state.step == self.config.steps
+            self._log(last)
+            if last or state.step % self.config.eval.every == 0:
+                self._validate()
+            if state.step % due.checkpoint_every == 0:
+                self.anchor = self._snapshot()
+            late = due.checkpoint_s > 0 and time.monotonic() - self._saved >= due.checkpoint_s
+            if last or leave or late or state.step % due.checkpoint_every == 0:
+                self._save()
+            if leave and not last:
+                return stop.requested or "SIGTERM"
+        return None
+
+    def _step(self, stop: Stop) -> bool:
+        began = time.perf_counter()
+        _, leave = self.exchange.step(
+            self.state,
+            self.config.tasks,
+            lambda state, tasks: self.compute(state.phi, state.step, tasks),
+            lambda state, total: state.apply(total),
+            stop.requested is not None,
+        )
+        spent = time.perf_counter() - began
+        for name, value in (("step_s", spent), *self.compute.spent().items()):
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
+        self._since += 1
+        return leave
+
+    def _roll_back(self) -> None:
+        state = self.state
+        if state.rollbacks >= self.config.meta.max_rollbacks:
+            raise RunError(
+                f"{state.bad} meta-steps in a row without a usable gradient, after {state.rollbacks} roll-backs; "
+                "lower meta.lr or inner.lr, or set meta.clip"
+            )
+        rollbacks, scale, skipped = state.rollbacks + 1, state.scale / 2, state.skipped
+        failed = state.step
+        state.restore(*self.anchor)
+        state.rollbacks, state.scale, state.skipped, state.bad = rollbacks, scale, skipped, 0
+        self.anchor = (self.anchor[0], state.metadata())
+        self.monitor.say(f"rolled back from step {failed} to {state.step} after {self.config.meta.max_bad} bad steps; "
+                         f"meta rate x {scale:g} from here on")  # fmt: skip
+
+    def _snapshot(self) -> Snapshot:
+        return {k: v.detach().cpu().clone() for k, v in self.state.tensors().items()}, self.state.metadata()
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        if self.exchange.rank != 0:
+            return
+        tensors, counters = self._snapshot()
+        minutes = self.minutes_before + (self._saved - self._started) / 60
+        anchor_tensors, anchor = self.anchor
+        if anchor["step"] == counters["step"]:
+            anchor = None
+        else:
+            tensors |= {f"anchor/{k}": v for k, v in anchor_tensors.items()}
+        self.folder.fence()
+        self.folder.checkpoints.save(self.state.step, tensors, {"state": counters, "anchor": anchor, "minutes": minutes})
+
+    def _validate(self) -> None:
+        state, config = self.state, self.config
+        phi = {k: v.clone() for k, v in state.kept.items()}
+        scores = judge.outcomes(self.setup, phi, self.setup.data.valid, config.eval.nets, self.exchange)["score"]
+        mean = float(scores.mean())
+        sd = float(scores.std()) if len(scores) > 1 else 0.0
+        self.monitor.log(state.step, {"valid_accuracy": 100 * mean, "valid_accuracy_sd": 100 * sd})
+        if mean > state.best_valid:
+            state.best, state.best_valid, state.best_step = phi, mean, state.step
+
+    def _log(self, last: bool) -> None:
+        state, run, synthetic = self.state, self.config.run, self.setup.synthetic
+        self.monitor.advance(state.step)
+        if state.step != 1 and state.step % run.log_every and not last:
+            return
+        values = {"meta_loss": state.loss, "grad_norm": state.grad_norm, "meta_rate": self.config.meta.lr * state.factor()}
+        values |= {"skipped": float(state.skipped), "rollbacks": float(state.rollbacks)}
+        rates, momenta = synthetic.rates(state.phi), synthetic.momenta(state.phi)
+        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
+        values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist() if momenta is not None else [])}
+        each = {k: v / max(self._since, 1) for k, v in self._seconds.items()}
+        each["exchange_s"] = max(0.0, each["step_s"] - each["compute_s"] - each["data_s"])
+        values |= each | {"tasks_per_s": self.config.tasks / max(each["step_s"], 1e-9)}
+        values["peak_memory_mb"] = peak_memory_mb(self.setup.device)
+        self._seconds, self._since = {}, 0
+        self.monitor.log(state.step, {k: v for k, v in values.items() if math.isfinite(v) or k in ("meta_loss", "grad_norm")})
+        if state.step == 1 or last or state.step % run.image_every == 0:
+            grid = finish.picture(self.setup, state.kept)
+            self.monitor.image(state.step, "images", grid)
+
+

@@ -1,0 +1,228 @@
+"""A configuration judged before any work: one line with what was given, what is allowed, how to mend it.
+
+Design choices
+- Tables for what concerns one key, short functions for what concerns several. The first fault found is raised.
+- What needs the data (the number of classes) is ``validate_with_data``, called once they are loaded.
+- A key that the chosen method or network would not read, set to something, is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from metadist.config import Config, flatten
+from metadist.errors import UserError, unknown
+
+METHODS: dict[str, dict[str, str]] = {
+    "dd_fixed_init": {"init": "fixed", "objective": "real"},
+    "dd_random_init": {"init": "random", "objective": "real"},
+    "dd_pretrained_init": {"init": "pretrained", "objective": "real"},
+    "truncated": {"gradient": "truncated", "objective": "real"},
+    "dd_poison": {"init": "pretrained", "objective": "poison"},
+    "lower_bound": {},
+}
+"""Published names and the words each of them stands for; the other words are free."""
+
+DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder")
+NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "custom")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method.name": tuple(METHODS),
+    "method.synthetic": ("images",),
+    "method.gradient": ("unrolled", "truncated"),
+    "method.init": ("fixed", "random", "pretrained"),
+    "method.objective": ("real", "poison"),
+    "pretrained.data": DATA,
+    "inner.optimizer": ("sgd", "momentum", "adam"),
+    "inner.rate": ("softplus", "raw"),
+    "labels.kind": ("hard", "soft"),
+    "meta.optimizer": ("adam", "sgd"),
+    "meta.schedule": ("constant", "step", "cosine"),
+    "data.name": DATA,
+    "data.normalize": ("standard", "zca", "none"),
+    "data.augment": ("none", "crop", "flip", "crop_flip"),
+    "net.name": NETS,
+    "net.init": ("xavier", "kaiming", "orthogonal", "default"),
+    "net.norm": ("none", "batch", "layer", "instance", "group"),
+    "net.activation": ("sigmoid", "relu", "leaky"),
+    "net.pooling": ("none", "max", "avg"),
+    "engine.compile": ("auto", "on", "off"),
+    "engine.mixed": ("reverse", "forward"),
+    "engine.dtype": ("float32", "float64"),
+    "engine.precision": ("fp32", "tf32", "bf16"),
+    "exchange.name": ("allreduce",),
+    "exchange.backend": ("auto", "gloo", "nccl"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+AT_LEAST_1 = (
+    "steps", "tasks", "ipc", "real_batch", "workers", "inner.steps", "inner.epochs",
+    "pretrained.count", "pretrained.epochs", "pretrained.batch", "meta.max_bad",
+    "eval.every", "eval.nets", "eval.final_nets", "eval.chunk",
+    "run.checkpoint_every", "run.keep", "run.log_every", "run.image_every", "data.size",
+    "lower_bound.dimension", "lower_bound.samples", "lower_bound.trials",
+)  # fmt: skip
+AT_LEAST_0 = (
+    "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
+    "meta.horizon", "meta.clip", "meta.max_rollbacks", "engine.group", "run.checkpoint_s", "run.anchor_every", "net.width",
+    "net.depth", "data.split_seed",
+)  # fmt: skip
+POSITIVE = (
+    "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
+    "engine.memory_gb", "exchange.timeout_s",
+)  # fmt: skip
+BELOW_1 = ("inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
+INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
+RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "at least 1": (AT_LEAST_1, lambda v: v >= 1),
+    "at least 0": (AT_LEAST_0, lambda v: v >= 0),
+    "above 0": (POSITIVE, lambda v: v > 0),
+    "at least 0 and below 1": (BELOW_1, lambda v: 0 <= v < 1),
+    "above 0 and below 1": (INSIDE_1, lambda v: 0 < v < 1),
+    "above 0 and at most 1": (("meta.decay",), lambda v: 0 < v <= 1),
+}
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first thing wrong with ``config`` that can be told without data."""
+    leaves = flatten(config)
+    _choices(leaves)
+    _ranges(leaves)
+    _method(config)
+    _inner(config)
+    _data_and_net(config)
+    _meta(config)
+    _machine(config)
+
+
+def validate_with_data(config: Config, classes: int) -> None:
+    """Raise UserError for what only the data's number of classes can tell."""
+    images, steps = config.ipc * classes, config.inner.steps
+    if images % steps:
+        allowed = ", ".join(str(d) for d in range(1, images + 1) if images % d == 0)
+        total = f"the {images} distilled images (ipc={config.ipc} x {classes} classes)"
+        raise UserError(f"inner.steps={steps} does not divide {total}; allowed: {allowed}")
+    for key in ("attack", "target"):
+        given = getattr(config.method, key)
+        if config.method.objective == "poison" and given >= classes:
+            raise UserError(f"method.{key}={given} is no class of data={config.data.name}; allowed: 0 to {classes - 1}")
+
+
+def _choices(leaves: dict[str, Any]) -> None:
+    for key, allowed in CHOICES.items():
+        if leaves[key] not in allowed and not (key == "pretrained.data" and leaves[key] is None):
+            raise unknown(key, leaves[key], allowed)
+
+
+def _ranges(leaves: dict[str, Any]) -> None:
+    for key, value in leaves.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number")
+        for allowed, (keys, fits) in RANGES.items():
+            if key in keys and value is not None and not fits(value):
+                raise UserError(f"{key}={value} is out of range; allowed: {allowed}")
+    if leaves["seed"] >= 2**63:
+        raise UserError(f"seed={leaves['seed']} is out of range; allowed: 0 to 2**63 - 1")
+    sizes = leaves["lower_bound.set_sizes"]
+    if not sizes or min(sizes) < 1:
+        raise UserError(f"lower_bound.set_sizes={sizes} is out of range; allowed: one or more numbers, each at least 1")
+
+
+def _method(config: Config) -> None:
+    m = config.method
+    for word, meant in METHODS[m.name].items():
+        if getattr(m, word) != meant:
+            better = next((n for n, words in METHODS.items() if words.get(word) == getattr(m, word)), None)
+            hint = f"; choose method={better}, or leave the word out" if better else "; leave the word out"
+            raise UserError(f"method.{word}={getattr(m, word)} contradicts method={m.name}, which means {word}={meant}{hint}")
+    if m.objective == "poison" and m.attack == m.target:
+        raise UserError(f"method.attack={m.attack} equals method.target: name two different classes")
+    if m.init != "pretrained" and (config.pretrained.path or config.pretrained.data):
+        raise UserError(
+            f"pretrained.path and pretrained.data are for method.init=pretrained; method.init={m.init} reads neither"
+        )
+    if config.pretrained.path and config.pretrained.data:
+        raise UserError(
+            "pretrained.path and pretrained.data are both given: weights from a file, or networks trained on that data"
+        )
+
+
+def _inner(config: Config) -> None:
+    inner, total = config.inner, config.inner.steps * config.inner.epochs
+    length = f"the {total} inner steps (inner.steps={inner.steps} x inner.epochs={inner.epochs})"
+    if config.method.gradient == "truncated" and inner.window < 1:
+        raise UserError(f"method.gradient=truncated needs inner.window, 1 to {total}: how many of {length} are differentiated")
+    if config.method.gradient != "truncated" and inner.window:
+        raise UserError(
+            f"inner.window={inner.window} is for method.gradient=truncated; leave it out, or choose method=truncated"
+        )
+    if inner.window > total:
+        raise UserError(f"inner.window={inner.window} is longer than {length}; allowed: 1 to {total}")
+    if inner.loss_every > (inner.window or total):
+        what = f"inner.window={inner.window}" if inner.window else length
+        raise UserError(f"inner.loss_every={inner.loss_every} is beyond {what}; allowed: 0 to {inner.window or total}")
+    if inner.learn_momentum and inner.optimizer == "sgd":
+        raise UserError("inner.learn_momentum=true needs inner.optimizer=momentum or adam; sgd has no momentum")
+    if inner.learn_momentum and inner.momentum == 0:
+        raise UserError(
+            "inner.learn_momentum=true learns through a sigmoid, which never is 0; start from inner.momentum above 0"
+        )
+
+
+def _data_and_net(config: Config) -> None:
+    data, net = config.data, config.net
+    if data.name == "folder" and not data.path:
+        raise UserError("data=folder needs data.path=<folder with one folder of images per class>")
+    if data.name != "folder" and data.path:
+        raise UserError(f"data.path={data.path} is for data=folder; data={data.name} is found under data.root")
+    if config.pretrained.data == "folder" and data.name != "folder":
+        raise UserError("pretrained.data=folder would need a path of its own; use pretrained.path=<file of weights>")
+    if net.name == "custom" and not net.target:
+        raise UserError("net=custom needs net.target=<import path of an nn.Module class>, such as my.module.Net")
+    if net.name != "custom" and (net.target or net.kwargs):
+        raise UserError(f"net.target and net.kwargs are for net=custom; net={net.name} reads neither")
+
+
+def _meta(config: Config) -> None:
+    meta = config.meta
+    if meta.horizon and meta.schedule != "cosine":
+        raise UserError(f"meta.horizon={meta.horizon} is for meta.schedule=cosine; meta.schedule={meta.schedule} has none")
+    if meta.decay_every and meta.schedule != "step":
+        raise UserError(
+            f"meta.decay_every={meta.decay_every} is for meta.schedule=step; meta.schedule={meta.schedule} has none"
+        )
+
+
+def _machine(config: Config) -> None:
+    engine = config.engine
+    if config.run_dir == "":
+        raise UserError("run_dir is empty; give a folder, or leave it out")
+    if config.workers > config.tasks:
+        raise UserError(f"workers={config.workers} is more than tasks={config.tasks}: a worker without a task has no work; "
+                        f"give workers 1 to {config.tasks}, or more tasks")  # fmt: skip
+    if engine.dtype == "float64" and engine.precision != "fp32":
+        raise UserError(f"engine.precision={engine.precision} is for engine.dtype=float32; float64 is exact, use fp32")
+    if config.device == "auto" and engine.precision == "fp32" and config.exchange.backend != "nccl":
+        return  # nothing depends on whether a GPU is there: spare the import of torch
+    _gpu(config)
+
+
+def _gpu(config: Config) -> None:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise UserError(f"device=cuda, but torch {torch.__version__} sees no GPU here; use device=cpu or device=auto")
+    if config.engine.precision != "fp32" and (config.device == "cpu" or not gpu):
+        raise UserError(
+            f"engine.precision={config.engine.precision} names a GPU's matrix units, and this run is on a CPU; use fp32"
+        )
+    if config.exchange.backend != "nccl":
+        return
+    if config.device == "cpu" or not gpu:
+        raise UserError("exchange.backend=nccl works between GPUs, and this run is on a CPU; use gloo or auto")
+    gpus = torch.cuda.device_count()
+    if config.workers > gpus:
+        raise UserError(f"exchange.backend=nccl takes a GPU a worker: workers={config.workers}, GPUs {gpus}; use gloo or auto")
