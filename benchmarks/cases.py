@@ -152,18 +152,17 @@ def references(p: Problem, evaluation: bool) -> dict[str, Work]:
     }
 
 
-def ours(p: Problem, evaluation: bool, device: str) -> dict[str, Work]:
-    """The engine's ways, by name; those this machine can't do are left out."""
+def ours(p: Problem, evaluation: bool, device: str, quick: bool) -> dict[str, Work]:
+    """The engine's ways, by name; those this machine can't do are left out, and the slow-to-compile last ones if quick."""
     make: Callable[..., Work] = training if evaluation else meta_gradient
+    forms = ("reverse",) if evaluation or quick else ("reverse", "forward")
     ways: dict[str, Work] = {"engine": make(p)}
-    if compiler_at_hand():
-        ways["engine, compiled"] = make(p, compile=True)
-        if not evaluation:
-            ways["engine, compiled, forward form"] = make(p, compile=True, form="forward")
-    if device == "cuda":
-        ways["engine, CUDA graph"] = make(p, graph=True)
-        if compiler_at_hand():
-            ways["engine, compiled, CUDA graph"] = make(p, compile=True, graph=True)
-            if not evaluation:
-                ways["engine, compiled, CUDA graph, forward form"] = make(p, compile=True, graph=True, form="forward")
+    for graph in (False, True) if device == "cuda" else (False,):
+        suffix = ", CUDA graph" if graph else ""
+        if graph:
+            ways[f"engine{suffix}"] = make(p, graph=True)
+        for form in forms if compiler_at_hand() else ():
+            options = {} if evaluation else {"form": form}
+            last = ", forward form" if form == "forward" else ""
+            ways[f"engine, compiled{suffix}{last}"] = make(p, compile=True, graph=graph, **options)
     return ways

@@ -65,10 +65,10 @@ def peak_bytes(work: Work, device: str) -> int:
     return live.peak
 
 
-def compare(p: Problem, evaluation: bool, device: str) -> list[Row]:
+def compare(p: Problem, evaluation: bool, device: str, quick: bool) -> list[Row]:
     """Every way of one case, in turns."""
     base = references(p, evaluation)
-    ways = base | ours(p, evaluation, device)
+    ways = base | ours(p, evaluation, device, quick)
     results = {name: work() for name, work in ways.items()}
     for work in ways.values():
         work()
@@ -169,7 +169,7 @@ def main() -> None:
             show_memory(f"peak memory against T, ConvNet-3 width {size.net.width}", found)
             report["cases"][name] = found
         else:
-            rows = compare(problem(size, args.device), name == "evaluation", args.device)
+            rows = compare(problem(size, args.device), name == "evaluation", args.device, args.quick)
             show(rows)
             report["cases"][name] = [vars(r) for r in rows]
     if args.json:

@@ -1,9 +1,9 @@
-"""The training loops that the engine is measured against: what published code does, written here as well as it is written there.
+"""The training loops that the engine is measured against: what published code does, written as well as it is written there.
 
 Design choices
-- Two references, because the field has two habits. ``kept_graphs``: every inner step keeps the graph of its own gradient and the
-  backward pass walks the steps (the style of dataset distillation's code). ``one_graph``: one autograd graph through all steps
-  (the style of trajectory matching and truncated back-propagation). Both train one network after another.
+- Two references, because the field has two habits. ``kept_graphs``: every inner step keeps the graph of its own gradient and
+  the backward pass walks the steps (dataset distillation's style). ``one_graph``: one autograd graph through all steps (the
+  style of trajectory matching and truncated back-propagation). Both train one network after another.
 - Same flat weights, same learner, same optimizer formulas, same work as the engine; nothing is slowed down on purpose: no
   copies, no synchronisation, graphs freed as soon as they are used.
 - ``train_one_by_one``: evaluation as it is commonly written, ``torch.optim`` on one module after another.

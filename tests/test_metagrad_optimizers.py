@@ -86,6 +86,14 @@ def test_gradient_of_the_schedule_in_momentum() -> None:
     torch.testing.assert_close(momenta.grad, expected, rtol=1e-13, atol=0)
 
 
+def test_adams_bias_corrections() -> None:
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        h = Optimizer("adam", beta2=0.999).schedule(torch.ones(40, dtype=dtype), torch.full((40,), 0.5, dtype=dtype))
+        expected = torch.tensor([1 - 0.999**t for t in range(1, 41)], dtype=torch.float64)
+        torch.testing.assert_close(h[:, 3].double(), expected, rtol=tolerance, atol=0)
+    assert Optimizer("adam", beta2=0.0).schedule(torch.ones(2), torch.ones(2) / 2)[:, 3].tolist() == [1.0, 1.0]
+
+
 def test_each_step_has_its_rate_and_momentum() -> None:
     case = make("mlp")
     for kind in KINDS:

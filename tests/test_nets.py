@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import re
 import warnings
 
@@ -284,8 +285,8 @@ SMALL = {
     "mlp": (NetConfig(name="mlp", width=9), 1, 6),
     "lenet": (NetConfig(name="lenet"), 1, 12),
     "alexcifar": (NetConfig(name="alexcifar", init="kaiming"), 1, 5),
-    "resnet18": (NetConfig(name="resnet18", init="kaiming"), 3, 4),
-    "resnet50": (NetConfig(name="resnet50", init="kaiming"), 3, 4),
+    "resnet18": (NetConfig(name="resnet18", init="kaiming"), 3, 8),
+    "resnet50": (NetConfig(name="resnet50", init="kaiming"), 3, 8),
 } | {
     f"convnet-{norm}-{act}-{pool}": (
         NetConfig(name="convnet", width=8, depth=2, norm=norm, activation=act, pooling=pool),
@@ -315,7 +316,7 @@ def test_second_derivatives_agree_under_every_transform(case: str) -> None:
     cfg, channels, size = SMALL[case]
     learner = build(cfg, channels, size, 3, F64)
     thetas = learner.init(keys(2))
-    x, y = images(4, channels, size, size), torch.tensor([0, 1, 2, 1])
+    x, y = images(8, channels, size, size), torch.arange(8) % 3
     lam = images(2, learner.size)
     loss = _loss(learner)
     _, pull = vjp(lambda t, x: vmap(grad(loss), (0, None, None))(t, x, y), thetas, x)
@@ -478,6 +479,18 @@ class Last(nn.Module):
         return out[0][:, -1]
 
 
+def python_weights() -> nn.Module:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with torch.no_grad():
+        module[1].weight.fill_(random.random())
+    return module
+
+
+def test_check_refuses_weights_drawn_outside_pytorch() -> None:
+    with refused("draws its initial weights outside PyTorch's generator"):
+        Learner(python_weights(), factory=python_weights).check(images(3, 1, 4, 4))
+
+
 def test_check_names_dropout_and_lets_a_closed_one_pass() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(16, 4), nn.Dropout(0.5)), nn.Linear(4, 3))
     with refused(r"layer 1.1 \(Dropout\) draws random numbers"):
@@ -531,7 +544,7 @@ def test_check_refuses_weights_that_are_not_registered() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_check_passes_every_own_net(case: str, form: str) -> None:
     cfg, channels, size = SMALL[case]
-    build(cfg, channels, size, 3, F64).check(images(2, channels, size, size), form)  # type: ignore[arg-type]
+    build(cfg, channels, size, 3, F64).check(images(8, channels, size, size), form)  # type: ignore[arg-type]
 
 
 def test_check_leaves_no_trace() -> None:

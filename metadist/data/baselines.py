@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from metadist import draw, errors

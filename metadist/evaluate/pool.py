@@ -54,7 +54,7 @@ def _read(path: Path, size: int) -> Tensor:
 
 
 def source(config: Config, data: Data) -> Data:
-    """The data the pool is trained on: the run's own, or pretrained.data resized to its images. Raises UserError if they misfit."""
+    """What the pool is trained on: the run's own data, or pretrained.data resized to its images (UserError if they misfit)."""
     name = config.pretrained.data
     if name is None or name == config.data.name:
         return data

@@ -5,7 +5,8 @@ Design choices
   of workers, uneven shares included, sums the same gradients.
 - The buffer holds the gradient's sum, the loss's sum, the task count, and a stop flag: all workers leave at the same step.
 - Every worker applies the same update to the same state; no parameters travel.
-- The launcher hosts the rendezvous store; workers are its clients. The group stands on a prefix unique to each start: a restarted run never meets an older one's keys.
+- The launcher hosts the rendezvous store, workers are its clients. The group stands on a prefix unique to each start, so that a
+  restarted run never meets an older one's keys.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class AllReduce:
         host, port = store.rsplit(":", 1)
         timeout = timedelta(seconds=config.exchange.timeout_s)
         try:
-            tcp = dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)
-            prefixed = dist.PrefixStore(f"start-{incarnation}", tcp)
+            tcp = dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            prefixed = dist.PrefixStore(f"start-{incarnation}", tcp)  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
         except (RuntimeError, ValueError) as error:
             raise RunError(f"worker {rank} could not join the others at {store}: {_first_line(error)}") from error

@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiler_at_hand() -> bool:
@@ -23,7 +21,7 @@ def compiler_at_hand() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
 
 
-def accelerate(function: F, compile: bool, graph: bool) -> F:
+def accelerate(function: Callable[..., Any], compile: bool, graph: bool) -> Callable[..., Any]:
     """``function``, compiled and captured as asked. Capture applies where its tensors lie on a GPU."""
     fast: Any = torch.compile(function, fullgraph=True, dynamic=False) if compile else function
     return Captured(fast) if graph else fast
@@ -58,7 +56,7 @@ class Captured:
     def _capture(self, leaves: list[Tensor], spec: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Any]:
         slots = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves]
         args = tree_unflatten(slots, spec)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             # Compilation, autotuning and library handles happen here, where the host may be waited for.

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.func import grad_and_value, vmap
 
 from metadist.metagrad import execution
-from metadist.metagrad.mixed import Batch, Loss, floats, gradients, mixed, prepare, refill
+from metadist.metagrad.mixed import Batch, Loss, floats, gradients, mixed, prepare, pullback, refill
 from metadist.metagrad.optimizers import Optimizer, State
 
 Adjoint = tuple[State, tuple[Tensor, ...], Tensor]
@@ -50,6 +50,7 @@ class Inner:
         self.loss, self.optimizer, self.form, self.shared, self.compiled = loss, optimizer, form, shared, compile
         self._step: Callable[..., State] = execution.accelerate(self.step, compile, graph)
         self._adjoint: Callable[..., Adjoint] = execution.accelerate(self.adjoint, compile, graph)
+        self._judge: Callable[..., tuple[Tensor, Tensor]] = execution.accelerate(self._values, compile, graph)
 
     def step(self, state: State, batch: Batch, h: Tensor) -> State:
         """One inner step. state: tensors [G, P]; batch: one step's; h: [K]."""
@@ -63,7 +64,7 @@ class Inner:
         Returns the adjoints of the state before, of the batch's floating-point members, and of h.
         """
         if self.form == "reverse":
-            g, pull = vjp(lambda th, *v: gradients(self.loss, th, refill(batch, v), self.shared), state[0], *floats(batch))
+            g, pull = pullback(lambda th, *v: gradients(self.loss, th, refill(batch, v), self.shared), state[0], *floats(batch))
             lam, lam_g, lam_h = self._pull_update(state, g, h, lam)
             hessian, *parts = pull(lam_g)
         else:
@@ -76,9 +77,22 @@ class Inner:
         return (lam[0] + hessian, *lam[1:]), tuple(parts), lam_h
 
     def _pull_update(self, state: State, grad: Tensor, h: Tensor, lam: State) -> tuple[State, Tensor, Tensor]:
-        _, pull = vjp(self.optimizer.update, state, grad, h)
+        _, pull = pullback(self.optimizer.update, state, grad, h)
         result: tuple[State, Tensor, Tensor] = pull(lam)
         return result
+
+    def _values(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        result = vmap(grad_and_value(lambda th, *b: self.loss(th, b)))(theta, *batch)
+        gradient, value = result
+        return gradient, value
+
+    def judge(self, theta: Tensor, batch: Batch) -> Tensor:
+        """The loss of each task's weights on a fixed batch of its own: [G], differentiable in theta alone.
+
+        theta: [G, P]. batch: members [G, R, ...], not differentiated (real data). Value and gradient come in one compiled pass.
+        """
+        out: Tensor = _Judge.apply(self, theta, *batch)
+        return out
 
     def pick(self, batches: Batch, index: int) -> Batch:
         """Batch ``index`` of stacked batches."""
@@ -158,6 +172,22 @@ class _Run:
             for whole, part in zip(lam_batch, parts, strict=True):
                 (whole[index] if inner.shared else whole[:, index]).add_(part)
         return (lam[0] if self.start == 0 else torch.zeros_like(theta)), lam_h, lam_batch
+
+
+class _Judge(torch.autograd.Function):
+    """Loss values whose gradients were computed along with them."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: Inner, theta: Tensor, *batch: Tensor) -> Tensor:
+        gradient, value = inner._judge(theta.detach(), batch)
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (None, gradient * lam[:, None], *(None,) * (len(ctx.needs_input_grad) - 2))
 
 
 class _Unroll(torch.autograd.Function):

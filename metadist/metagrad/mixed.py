@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,13 @@ def refill(batch: Batch, values: Batch) -> Batch:
     return tuple(next(it) if b.is_floating_point() else b for b in batch)
 
 
+def pullback(function: Callable[..., Any], *args: Any) -> tuple[Any, Callable[..., Any]]:
+    """``torch.func.vjp`` without auxiliary output: (value, function from the value's adjoint to the arguments' adjoints)."""
+    result: Any = vjp(function, *args)
+    value, pull = result
+    return value, pull
+
+
 def gradients(loss: Loss, theta: Tensor, batch: Batch, shared: bool = True) -> Tensor:
     """Gradient of every task's loss in its own weights: [G, P].
 
@@ -91,7 +98,7 @@ def mixed(loss: Loss, theta: Tensor, batch: Batch, lam: Tensor, form: str = "rev
         prepare(form)
     if form == "forward":
         return _forward(loss, theta, batch, lam, shared)
-    g, pull = vjp(lambda th, *v: gradients(loss, th, refill(batch, v), shared), theta, *floats(batch))
+    g, pull = pullback(lambda th, *v: gradients(loss, th, refill(batch, v), shared), theta, *floats(batch))
     hvp, *parts = pull(lam)
     return Mixed(g, hvp, _expand(batch, tuple(parts)))
 
@@ -102,6 +109,7 @@ def _forward(loss: Loss, theta: Tensor, batch: Batch, lam: Tensor, shared: bool)
     axis = None if shared else 0
     both = vmap(grad(lambda th, *b: loss(th, b), argnums=(0, *index)), in_dims=(0, *(axis,) * len(batch)))
     # Forward mode writes beside its primal: one weight vector expanded over the tasks must become G vectors first.
-    (g, *_), (hvp, *parts) = jvp(lambda th: both(th, *batch), (theta.contiguous(),), (lam,))
+    pushed: Any = jvp(lambda th: both(th, *batch), (theta.contiguous(),), (lam,))
+    (g, *_), (hvp, *parts) = pushed
     parts = [p.sum(0) for p in parts] if shared else parts
     return Mixed(g, hvp, _expand(batch, tuple(parts)))

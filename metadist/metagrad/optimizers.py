@@ -11,6 +11,7 @@ Design choices
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +71,8 @@ class Optimizer:
         if self.kind == "momentum":
             return torch.stack((lr, momentum), dim=1)
         t = torch.arange(1, len(lr) + 1, dtype=lr.dtype, device=lr.device)
-        # exp and log rather than a product in place: its derivative is finite at every beta in (0, 1).
-        second = 1 - torch.exp(t * torch.log(torch.tensor(self.beta2, dtype=torch.float64)).to(lr))
+        # expm1: 1 - beta2**t loses five digits in float32. A number, not a tensor: a CUDA graph can't copy one from the host.
+        second = -torch.expm1(t * math.log(max(self.beta2, 1e-300)))
         return torch.stack((lr, momentum, 1 - torch.cumprod(momentum, 0), second), dim=1)
 
     def update(self, state: State, grad: Tensor, h: Tensor) -> State:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from metadist import draw
 from metadist.config import Config
@@ -97,5 +96,5 @@ class Distillation:
         """The meta-loss of each task [G]: mean over the points ``at`` of the loss on real data."""
         batches, h = self.synthetic.batches(phi), self.synthetic.schedule(phi)
         thetas = self.inner.unroll(task.theta0, batches, self.synthetic.order, h, task.at, task.start)
-        judge = vmap(lambda theta, x, y: self.inner.loss(theta, (x, y)))
-        return torch.stack([judge(*point) for point in zip(thetas, task.x, task.y, strict=True)]).mean(0)
+        points = zip(thetas, task.x, task.y, strict=True)
+        return torch.stack([self.inner.judge(theta, (x, y)) for theta, x, y in points]).mean(0)

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from metadist import draw
 from metadist.errors import UserError
 from metadist.nets import layers
+from metadist.nets.init import rebuild
 from metadist.nets.watch import Call, Watch, describe, first_line, named, same_generators
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def _gradient(f: Loss, args: tuple[Tensor, ...], v: tuple[Tensor, ...], h: float
 
 
 def _confirmed(f: Loss, args: tuple[Tensor, ...], v: tuple[Tensor, ...], want: Tensor) -> bool:
-    """Is ``want`` [all of args, flat] the change of the gradient along v? One of two steps must say so (kinks spoil some)."""
-    for h in (1e-5, 1e-7):
+    """Is ``want`` [all of args, flat] the change of the gradient along v? One of four steps must say so (kinks spoil some)."""
+    for h in (1e-6, 1e-7, 1e-8, 1e-9):
         above, below = _gradient(f, args, v, h), _gradient(f, args, v, -h)
         rounding = 1e-14 * float(above.abs().max()) / h
         if float(((above - below) / (2 * h) - want).abs().max()) <= 1e-3 * float(want.abs().max()) + rounding:
@@ -79,10 +80,12 @@ def _confirmed(f: Loss, args: tuple[Tensor, ...], v: tuple[Tensor, ...], want: T
 
 
 def _directions(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A random direction of length 1 over all of args, drawn by counter."""
-    v = [draw.normal(draw.key(0, "direction", 0, i), a.shape, a.dtype).to(a.device) for i, a in enumerate(args)]
-    length = torch.stack([d.square().sum() for d in v]).sum().sqrt()
-    return tuple(d / length for d in v)
+    """A random direction of length 1 over all of args, drawn by counter (and repeated: large nets would take seconds)."""
+    pattern = draw.normal(draw.key(0, "direction"), (65_521,), args[0].dtype).to(args[0].device)
+    sizes = [a.numel() for a in args]
+    v = pattern.repeat(sum(sizes) // len(pattern) + 1)[: sum(sizes)]
+    parts = torch.split(v / v.square().sum().sqrt(), sizes)
+    return tuple(part.view(a.shape) for part, a in zip(parts, args))
 
 
 def _verdict(pure: Loss, plain: Loss, args: tuple[Tensor, ...], form: Form) -> str | None:
@@ -199,9 +202,10 @@ def _derivatives(learner: Learner, net: nn.Module, theta: Tensor, x: Tensor, cal
     raise UserError(f"the net {why}")
 
 
-def _factory(learner: Learner, keys: Tensor) -> None:
+def _reproducible(learner: Learner, key: Tensor) -> None:
     """The same key must give the same weights, or workers would disagree."""
-    if not torch.equal(learner.init(keys), learner.init(keys)):
+    first, second = (rebuild(learner.template, learner.factory, key) for _ in range(2))
+    if not all(torch.equal(first[n], second[n]) for n in learner.names):
         raise UserError("the net draws its initial weights outside PyTorch's generator; use torch.nn.init or torch's functions")
 
 
@@ -221,7 +225,7 @@ def check(learner: Learner, x: Tensor, form: Form) -> None:
     if x.dim() != 4 or len(x) < 2:
         raise ValueError(f"check needs two images or more, [B, C, H, W]; got {list(x.shape)}")
     keys = draw.key(0, "check", 0, torch.arange(1)).to(learner.device)
-    _factory(learner, keys)
+    _reproducible(learner, keys[0])
     learner = _widened(learner, x)
     theta, x = learner.init(keys)[0], x.to(learner.device, learner.dtype)
     logits, watch = _plain(learner, theta, x)

@@ -139,6 +139,8 @@ class Learner:
     def check(self, x: Tensor, form: checks.Form = "reverse") -> None:
         """Raises UserError that names the layer and the reason if this net can't be trained by meta-gradients.
 
-        x: [B, C, H, W], a few images. form: the second-order product that will be used, ``reverse`` or ``forward``.
+        x: [B, C, H, W], two images or more; 8 or more with BatchNorm on tiny maps, whose derivatives explode on few values.
+        It takes a few of the engine's gradients, in float64.
+        form: the second-order product that will be used, ``reverse`` or ``forward``.
         """
         checks.check(self, x.to(self.device), form)

@@ -63,11 +63,9 @@ def parse(argv: Sequence[str]) -> tuple[Words, dict[str, Any], dict[str, Any]]:
     for word in argv:
         key, equals, text = word.partition("=")
         place = next((i for i, k in enumerate(kinds) if key in k), None)
-        if not equals or place is None:
-            raise (
-                UserError(f"{unknown('key', key, [k for kind in kinds for k in kind])}")
-                if equals
-                else UserError(f"{word} is not key=value; {USAGE}")
-            )
+        if not equals:
+            raise UserError(f"{word} is not key=value; {USAGE}")
+        if place is None:
+            raise unknown("key", key, [k for kind in kinds for k in kind])
         found[place][key.removeprefix("data.")] = _value(key, text, kinds[place][key])
     return Words(**found[0]), found[1], found[2]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 import metadist
 from metadist.evaluate.statistics import Summary
@@ -19,7 +18,7 @@ from metadist.run.state import MetaState
 from metadist.synthetic.images import Phi
 
 
-def picture(setup: Setup, phi: Phi) -> NDArray[np.uint8]:
+def picture(setup: Setup, phi: Phi) -> Tensor:
     """The distilled images as one grid, uint8 [H, W, 3]."""
     return judge.distilled(setup, phi, 0, {}).picture()
 
@@ -73,7 +72,8 @@ def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary:
 def text(summary: dict[str, Any], folder: RunFolder) -> str:
     """What a person reads at the end."""
     kind = {"images": f"{summary['images']} distilled images"}["images"]
-    lines = [f"{summary['method']} on {summary['data']}, {summary['net']}, {summary['steps']} meta-steps, {summary['minutes']:.1f} min"]
+    what = f"{summary['method']} on {summary['data']}, {summary['net']}"
+    lines = [f"{what}, {summary['steps']} meta-steps, {summary['minutes']:.1f} min"]
     lines.append(f"  trained on {kind:32s} test accuracy {Summary(**summary['test']).text()}")
     for name, value in summary["baselines"].items():
         what = f"{summary['images']} real images, {name}"

@@ -44,7 +44,9 @@ def _figures(setup: Setup, phi: Phi, split: Split, theta0: Tensor) -> Tensor:
     with torch.no_grad():
         batches, h = synthetic.batches(phi), synthetic.schedule(phi)
         theta = recorded(setup.inner, theta0, batches, synthetic.order, h, chunk=chunk)
-        guesses = predictions(setup.learner, theta, statistics(setup.learner, theta, batches[0], chunk=chunk), split.x, chunk=chunk)
+        guesses = predictions(
+            setup.learner, theta, statistics(setup.learner, theta, batches[0], chunk=chunk), split.x, chunk=chunk
+        )
     if setup.method.relabel is None:
         return (guesses == split.y).to(torch.float64).mean(1)[None]
     score = (guesses == setup.method.relabel(split.y)).to(torch.float64).mean(1)

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from metadist.errors import unknown
 from metadist.run.cost import duration
@@ -96,7 +95,7 @@ class Monitor:
         if "meta_loss" in values:
             self._show(step, values)
 
-    def image(self, step: int, name: str, grid: NDArray[np.uint8]) -> None:
+    def image(self, step: int, name: str, grid: Tensor) -> None:
         """Log a picture. grid: uint8 [H, W, 3 or 1]."""
         if not known(name):
             raise unknown("logged name", name, NAMES)

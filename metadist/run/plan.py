@@ -2,8 +2,8 @@
 
 Design choices
 - The memory of one task is measured by a trial task, not guessed; as many tasks as engine.memory_gb holds run at once.
-- compile=auto: on a GPU always; on a CPU if a C++ compiler is there and the remaining steps, at the speed of an uncompiled trial
-  step, would repay a minute or so of compilation.
+- compile=auto: on a GPU always; on a CPU if a C++ compiler is there and the remaining steps, at the speed of an uncompiled
+  trial step, would repay a minute or so of compilation.
 - Decisions depend on the clock and the machine, so they are written into the run folder and reused.
 """
 
@@ -74,9 +74,7 @@ def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
     return time.perf_counter() - began
 
 
-def announce(
-    setup: Setup, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor
-) -> None:
+def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor) -> None:
     """Say what the run will cost, measured by a trial step; all workers take part, so that they contend as they will."""
     config = setup.config
     if state.step >= config.steps:

@@ -14,10 +14,10 @@ from metadist import draw, methods, nets
 from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
+from metadist.evaluate.pool import pool
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.mixed import Batch, Loss
 from metadist.methods.dd import Distillation
-from metadist.evaluate.pool import pool
 from metadist.methods.starts import Fixed, Pretrained, Random, Starts
 from metadist.nets import Learner
 from metadist.nets.loss import cross_entropy_loss
@@ -54,7 +54,7 @@ class Setup:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of this worker; with several GPUs LOCAL_RANK picks one. Raises UserError if there is no GPU for device=cuda."""
+    """The device of this worker; with several GPUs LOCAL_RANK picks one. UserError for device=cuda without a GPU."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU here; give device=cpu or device=auto")
     if config.device == "cpu" or not torch.cuda.is_available():
@@ -94,7 +94,7 @@ def build(config: Config, data: Data | None = None, learner: Learner | None = No
     """Build everything, not compiled yet.
 
     data, learner: given objects take the place of config.data and config.net (the Python API).
-    Raises UserError for a net that can't take the images or can't be differentiated, and for what ``validate_with_data`` refuses.
+    Raises UserError for a net that can't take the images or be differentiated, and for what ``validate_with_data`` refuses.
     """
     device, dtype = device_of(config), DTYPES[config.engine.dtype]
     if data is None:
@@ -104,7 +104,9 @@ def build(config: Config, data: Data | None = None, learner: Learner | None = No
         learner = nets.build(config.net, data.channels, data.size, len(data.classes), dtype, device)
     # Noise, not real images: equal pixels of a blank background are ties in max-pooling, where no derivative exists.
     shape = (4, *data.train.x.shape[1:])
-    learner.check(draw.normal(draw.key(config.seed, "check", 0, torch.zeros((), dtype=torch.int64, device=device)), shape, dtype))
+    learner.check(
+        draw.normal(draw.key(config.seed, "check", 0, torch.zeros((), dtype=torch.int64, device=device)), shape, dtype)
+    )
     starts = starts_of(config, learner, data, device)
     synthetic = Images(config, len(data.classes), data.train.x.shape[1:], dtype, device)
     loss = with_precision(cross_entropy_loss(learner), config.engine.precision, device)

@@ -1,4 +1,4 @@
-"""The meta-state of a run and the one function that advances it. Workers of ``allreduce`` hold replicas; a server hosts it once.
+"""The meta-state of a run and the one function that advances it. Workers of ``allreduce`` hold replicas, a server one.
 
 Design choices
 - ``apply`` is deterministic in (state, combined buffer): every replica stays the same to the bit.

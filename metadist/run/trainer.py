@@ -11,7 +11,6 @@ Design choices
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import time
@@ -105,7 +104,9 @@ class Trainer:
         total = self.exchange.sum(torch.tensor([float(step), float(step) ** 2], dtype=torch.float64, device=self.setup.device))
         world = self.exchange.world
         if float(total[0]) != step * world or float(total[1]) != step**2 * world:
-            raise RunError(f"worker {self.exchange.rank} found a checkpoint of step {step}, others of another; can all see run_dir?")
+            raise RunError(
+                f"worker {self.exchange.rank} found checkpoint {step}, others another; can all see the same run_dir?"
+            )
 
     def prepare(self) -> None:
         """Resolve group size and compilation, and tell what the run will cost, by a trial step."""
@@ -173,11 +174,9 @@ class Trainer:
             return
         tensors, counters = self._snapshot()
         minutes = self.minutes_before + (self._saved - self._started) / 60
-        anchor_tensors, anchor = self.anchor
-        if anchor["step"] == counters["step"]:
-            anchor = None
-        else:
-            tensors |= {f"anchor/{k}": v for k, v in anchor_tensors.items()}
+        anchor = None if self.anchor[1]["step"] == counters["step"] else self.anchor[1]
+        if anchor is not None:
+            tensors |= {f"anchor/{k}": v for k, v in self.anchor[0].items()}
         self.folder.fence()
         self.folder.checkpoints.save(self.state.step, tensors, {"state": counters, "anchor": anchor, "minutes": minutes})
 
@@ -210,5 +209,3 @@ class Trainer:
         if state.step == 1 or last or state.step % run.image_every == 0:
             grid = finish.picture(self.setup, state.kept)
             self.monitor.image(state.step, "images", grid)
-
-
