@@ -5,8 +5,8 @@ Design choices
   depends on the clock or the machine (compilation, group size) is resolved once and recorded in the run folder.
 - At a step where several things are due, their order is fixed: roll-back, validation, checkpoint, stop. A checkpoint thus holds
   the choice of the best set so far, and a resumed run validates at the steps the uninterrupted one does.
-- Roll-back goes to the state at the last multiple of run.checkpoint_every, which every checkpoint carries along: where a
-  stop or the clock happened to write checkpoints must not show in the result.
+- Roll-back goes to the state at the last multiple of run.checkpoint_every that is not inside a series of bad steps. Every
+  checkpoint carries it along: where a stop or the clock happened to write checkpoints must not show in the result.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Trainer:
             self._log(last)
             if last or state.step % self.config.eval.every == 0:
                 self._validate()
-            if state.step % due.checkpoint_every == 0:
+            if state.step % due.checkpoint_every == 0 and state.bad == 0:  # what made steps bad is no place to return to
                 self.anchor = self._snapshot()
             late = due.checkpoint_s > 0 and time.monotonic() - self._saved >= due.checkpoint_s
             if last or leave or late or state.step % due.checkpoint_every == 0:
