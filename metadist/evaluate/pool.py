@@ -59,7 +59,7 @@ def source(config: Config, data: Data) -> Data:
     if name is None or name == config.data.name:
         return data
     own = dataclasses.replace(config.data, name=name, size=data.size, augment="none")
-    other = load(own, data.train.x.device, data.train.x.dtype, config.cache_dir)
+    other = load(own, data.train.x.device, data.train.x.dtype, config.cache_dir, config.smoke)
     if other.channels != data.channels or len(other.classes) != len(data.classes):
         raise UserError(
             f"pretrained.data={name} has {other.channels} channels and {len(other.classes)} classes, data={config.data.name} "

@@ -145,7 +145,7 @@ def starts(given: Subject, words: Words, config: Config, learner: Learner, data:
 def examine(given: Subject, words: Words, settings: Settings, config: Config) -> Report:
     """Load, fit together, measure. Raises UserError if set, data and nets don't fit each other."""
     device, dtype = device_of(config), DTYPES[config.engine.dtype]
-    data = data_room.load(config.data, device, dtype, config.cache_dir)
+    data = data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
     fitting.check(given.dset, data)
     sizes = (data.channels, data.size, len(data.classes), dtype, device)
     learner = nets.build(config.net, *sizes)

@@ -115,7 +115,7 @@ def setup(config: Config, data: OwnData | None, net: Net | None, loss: Loss | No
     if net is None:
         built = build(config, found)
     else:
-        found = found or data_room.load(config.data, device, dtype, config.cache_dir)
+        found = found or data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
         built = build(config, found, learner(net, config.net.init, dtype, device, len(found.classes)))
     return built if loss is None else OwnSetup.of(built, loss)
 

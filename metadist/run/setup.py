@@ -87,6 +87,8 @@ def starts_of(config: Config, learner: Learner, data: Data, device: torch.device
     where = {"root", "download"}
     described = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in where}
     identity = {"net": dataclasses.asdict(config.net), "data": described, "seed": config.seed, "dtype": config.engine.dtype}
+    if config.smoke:  # trained on a few images only
+        identity["smoke"] = True
     return Pretrained(pool(config, learner, data, identity), config.pretrained.held_out, config.seed)
 
 
@@ -98,7 +100,7 @@ def build(config: Config, data: Data | None = None, learner: Learner | None = No
     """
     device, dtype = device_of(config), DTYPES[config.engine.dtype]
     if data is None:
-        data = data_room.load(config.data, device, dtype, config.cache_dir)
+        data = data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
     validate_with_data(config, len(data.classes))
     if learner is None:
         learner = nets.build(config.net, data.channels, data.size, len(data.classes), dtype, device)
