@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from torch.utils.data import Dataset
 
 from metadist import data as data_room
@@ -38,7 +39,6 @@ from metadist.run.overrides import groups
 from metadist.run.setup import device_of
 from metadist.run.signals import Stop, stop_status
 from metadist.run.sweep import _quoted
-from metadist.run.validate import METHODS
 from metadist.run.worker import execute
 from metadist.synthetic.distilled import DistilledSet, load
 
@@ -80,7 +80,7 @@ def distil(
     if train is None and test is not None:
         raise UserError("test is given without train; give both Datasets")
     words = {"method": method, "run_dir": run_dir} | _objects(train, net)
-    config = compose([*_words({k: v for k, v in words.items() if v is not None}), *_words(overrides)])
+    config = _compose([*_words({k: v for k, v in words.items() if v is not None}), *_words(overrides)])
     if config.method.name == "lower_bound":
         raise UserError("method=lower_bound is a demonstration that distils no images; run launch/local.py method=lower_bound")
     if config.workers != 1:
@@ -95,6 +95,16 @@ def distil(
     if folder.finished is None:
         _run(folder, found, None if isinstance(net, str) else net, loss)
     return load(folder.path)
+
+
+def _compose(words: list[str]) -> Config:
+    """``compose``, also inside a program that Hydra runs: there is one global Hydra, and the caller's must come back."""
+    theirs = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        return compose(words)
+    finally:
+        GlobalHydra.instance().hydra = theirs
 
 
 def _objects(train: Dataset[Any] | str | None, net: own.Net | str | None) -> dict[str, Any]:
@@ -229,8 +239,7 @@ def _starts(dset: DistilledSet, net: own.Net | str | None, learner: Learner, see
     theta0 = None if isinstance(net, str) else dset.start()
     if theta0 is not None and len(theta0) == learner.size:
         return Given(theta0.to(learner.device, learner.dtype)[None])
-    method = METHODS.get(str(dset.manifest.get("method")).partition("+")[0], {})
-    if net is None and method.get("init") == "pretrained":
+    if net is None and dset.manifest.get("init") == "pretrained":
         raise UserError(
             "the set was made for pre-trained networks, which are not in its file: judge it by launch/evaluate.py "
             "run=<its run folder>, or give net= to train fresh ones on it"

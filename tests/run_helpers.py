@@ -21,10 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 180.0  # only reached by a defect
 
-# A learner so small that a step takes milliseconds; everything that a checkpoint can hold is there: best set, average, rates.
+# A learner so small that a step takes milliseconds. All that a checkpoint can hold is there: best set, average, rates. What a
+# preset may change is given.
 TINY = [
     "data=digits",
+    "data.size=8",
     "net=mlp",
+    "net.init=kaiming",
     "net.width=8",
     "net.depth=1",
     "ipc=1",
@@ -32,6 +35,11 @@ TINY = [
     "real_batch=16",
     "inner.steps=2",
     "inner.epochs=1",
+    "inner.lr=0.02",
+    "meta.lr=0.01",
+    "meta.lr_rate=null",
+    "meta.schedule=constant",
+    "meta.clip=0",
     "meta.ema=0.9",
     "eval.every=7",
     "eval.nets=2",
@@ -41,6 +49,7 @@ TINY = [
     "run.image_every=1000",
     "threads=1",
     "engine.compile=off",
+    "engine.group=2",
     "device=cpu",
     "exchange.timeout_s=60",
 ]

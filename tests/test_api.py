@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -175,6 +177,13 @@ def test_load_and_replay_in_three_lines(made: Path) -> None:
     net = distilled.replay(Net())
     logits = net(distilled.normalize(torch.rand(5, 1, 6, 6)))
     assert logits.shape == (5, 3) and not net.training
+
+
+def test_distil_leaves_the_callers_hydra_alone(made: Path, tmp_path: Path) -> None:
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        theirs = GlobalHydra.instance().hydra
+        assert same(distil(made), metadist.load(made))
+        assert GlobalHydra.instance().hydra is theirs is not None
 
 
 def test_named_data_and_net_fixed_start(tmp_path: Path) -> None:

@@ -44,10 +44,15 @@ def test_bits_of_every_kind_stand_for_ever() -> None:
         draw.permutation(keys(2), 50),
     )
     found = [hashlib.sha256(d.contiguous().numpy().tobytes()).hexdigest()[:16] for d in draws]
-    assert found == GOLDEN
-
-
-GOLDEN: list[str] = []
+    assert found == [
+        "3fe7ba720ef34759",
+        "e8edc5a0d30b46a6",
+        "732097d0147217b3",
+        "616b442f0d7ee2be",
+        "4cb2b0b4df88e4c2",
+        "2a212c16c2238120",
+        "e6faa45e602dc92b",
+    ]
 
 
 def test_each_part_of_a_key_counts() -> None:
@@ -144,6 +149,7 @@ def test_counters_do_not_repeat() -> None:
     assert draw.bits(keys(1), 0).shape == (1, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # the tables of normal
 def test_vmap_and_compiled_draws_are_the_same_bits() -> None:
     def every(k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (

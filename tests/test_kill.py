@@ -28,10 +28,23 @@ from metadist.store import Checkpoints
 
 RANDOM = ["method=dd_random_init", "steps=60"]
 # A meta rate so large that gradients explode; half of it, or a quarter, does not.
-ROLLING = (
-    "method=dd_random_init steps=40 meta.optimizer=sgd meta.beta1=0 meta.lr=1000 meta.lr_rate=0.01 meta.explode=0.3 "
-    "meta.max_bad=2 meta.max_rollbacks=50 run.checkpoint_every=12 meta.ema=0"
-).split()
+ROLLING = [
+    "method=dd_random_init",
+    "steps=40",
+    "inner.lr=0.1",
+    "meta.optimizer=sgd",
+    "meta.beta1=0",
+    "meta.lr=1000",
+    "meta.schedule=cosine",
+    "meta.decay=0.05",
+    "meta.clip=1",
+    "meta.lr_rate=0.01",
+    "meta.explode=1",
+    "meta.max_bad=2",
+    "meta.max_rollbacks=50",
+    "run.checkpoint_every=12",
+    "meta.ema=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +107,7 @@ def test_sigkill_of_one_worker(nursery: Nursery, uninterrupted: Any, tmp_path: P
 
 
 def test_sigkill_of_random_windows(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
-    more = "method=truncated inner.epochs=3 inner.window=2 inner.optimizer=adam labels.kind=soft steps=30".split()
+    more = ["method=truncated", "inner.epochs=3", "inner.window=2", "inner.optimizer=adam", "labels.kind=soft", "steps=30"]
     kill_and_resume(nursery, tmp_path, words(tmp_path, *more), kills=3, seed=2, most_lines=6)
     same(result(tmp_path / "run"), uninterrupted(*more)[0])
 
@@ -189,7 +202,9 @@ def test_roll_back_and_recovery_survive_kills(nursery: Nursery, uninterrupted: A
     same(result(tmp_path / "run"), expected)
 
 
-def test_roll_back_does_not_depend_on_where_stops_left_checkpoints(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
+def test_roll_back_does_not_depend_on_where_stops_left_checkpoints(
+    nursery: Nursery, uninterrupted: Any, tmp_path: Path
+) -> None:
     line = words(tmp_path, *ROLLING)
     first = int(re.search(r"rolled back from step (\d+)", uninterrupted(*ROLLING)[1].out)[1])  # type: ignore[index]
     for lines in (first - 2, 1):  # a checkpoint just before the roll-back, another inside the bad steps

@@ -73,7 +73,6 @@ def test_option_names_itself_and_says_what_it_is(group, option):
 def test_published_settings():
     fixed, rat = compose(["preset=mnist_fixed"]), compose(["preset=cifar10_rat_bptt"])
     assert (fixed.method.init, fixed.ipc, fixed.inner.steps, fixed.inner.epochs) == ("fixed", 1, 1, 3)
-    assert fixed.tasks * fixed.real_batch == 1024
     assert (fixed.inner.lr, fixed.meta.lr, fixed.meta.beta1) == (0.02, 0.01, 0.5)
     assert (rat.inner.window, rat.inner.steps * rat.inner.epochs, rat.inner.optimizer, rat.inner.lr) == (60, 200, "adam", 1e-3)
     assert (rat.meta.lr, rat.ipc, rat.net.depth) == (1e-3, 10, 3)

@@ -22,16 +22,42 @@ from metadist.run.compose import compose
 from metadist.run.folder import RunFolder
 
 # 5 tasks: 3 + 2 among two workers, 2 + 2 + 1 among three.
-COMMON = (
-    "data=digits tasks=5 steps=3 real_batch=8 engine.dtype=float64 engine.compile=off threads=1 device=cpu "
-    "eval.every=2 eval.nets=3 eval.final_nets=4 run.log_every=1 inner.steps=2 inner.epochs=1 ipc=2"
-).split()
-MLP = "net=mlp net.width=8 net.depth=1".split()
-POOL = "pretrained.count=4 pretrained.epochs=1".split()
+COMMON = [
+    "data=digits",
+    "data.size=8",
+    "tasks=5",
+    "steps=3",
+    "ipc=2",
+    "real_batch=8",
+    "inner.steps=2",
+    "inner.epochs=1",
+    "inner.lr=0.02",
+    "meta.lr=0.01",
+    "meta.lr_rate=null",
+    "meta.schedule=constant",
+    "meta.clip=0",
+    "meta.ema=0",
+    "engine.dtype=float64",
+    "engine.compile=off",
+    "threads=1",
+    "device=cpu",
+    "eval.every=2",
+    "eval.nets=3",
+    "eval.final_nets=4",
+    "run.log_every=1",
+]
+MLP = ["net=mlp", "net.width=8", "net.depth=1"]
+POOL = ["pretrained.count=4", "pretrained.held_out=0.5", "pretrained.epochs=1"]
 CASES = {
     "random-mlp": [*MLP, "method=dd_random_init", "inner.epochs=2", "inner.loss_every=3", "data.augment=crop"],
     "fixed-mlp": [*MLP, "method=dd_fixed_init", "labels.kind=soft", "meta.ema=0.5"],
-    "random-lenet": ["net=lenet", "data.size=16", "method=dd_random_init", "inner.optimizer=momentum", "inner.learn_momentum=true"],
+    "random-lenet": [
+        "net=lenet",
+        "data.size=16",
+        "method=dd_random_init",
+        "inner.optimizer=momentum",
+        "inner.learn_momentum=true",
+    ],
     "truncated": [*MLP, "method=truncated", "inner.window=2", "inner.optimizer=adam", "inner.epochs=3"],
     "pretrained": [*MLP, *POOL, "method=dd_pretrained_init"],
     "poison": [*MLP, *POOL, "method=dd_poison", "method.attack=3", "method.target=5"],

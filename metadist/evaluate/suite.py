@@ -126,3 +126,14 @@ class Examination:
                 accuracies = self.judge.curve(self.recipe, row.result.rate, points, own_images=row.images == "random")
                 out.append(Curve(row.images, points, accuracies))
         return tuple(out)
+
+
+def glance(
+    dset: DistilledSet, data: Data, learner: Learner, net: str, starts: Starts, described: str, settings: Settings | None = None
+) -> Report:
+    """The short examination at the end of every run: recorded steps on the set and on as many random real images.
+
+    Arguments as ``Examination``; of the settings nets, split, trials, seed, chunk and compile count (default: 20 networks).
+    """
+    short = dataclasses.replace(settings or Settings(nets=20), protocol=("recorded",), baselines=("random",), full=False)
+    return Examination(dset, data, learner, net, starts, described, short).run()

@@ -18,8 +18,11 @@ class Starts(Protocol):
         """Initial weights [G, P] of these tasks of this meta-step."""
         ...
 
-    def held_out(self, count: int) -> Tensor:
-        """At most ``count`` initial weights [n, P] that ``sample`` never gives (a fixed one has no other: n = 1)."""
+    def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
+        """At most ``count`` initial weights [n, P] that ``sample`` never gives (a fixed one has no other: n = 1).
+
+        purpose: the stream they are drawn from; "validation" chooses checkpoints, "evaluation" judges at the end.
+        """
         ...
 
 
@@ -34,7 +37,7 @@ class Fixed:
         """The same weights for every task."""
         return self.theta0.expand(len(tasks), -1).contiguous()
 
-    def held_out(self, count: int) -> Tensor:
+    def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
         """The same weights."""
         return self.theta0
 
@@ -50,9 +53,9 @@ class Random:
         """Weights of these tasks."""
         return self.learner.init(draw.key(self.seed, "theta0", step, tasks))
 
-    def held_out(self, count: int) -> Tensor:
+    def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
         """Draws of another stream."""
-        return self.learner.init(draw.key(self.seed, "evaluation", 0, torch.arange(count, device=self.device)))
+        return self.learner.init(draw.key(self.seed, purpose, 0, torch.arange(count, device=self.device)))
 
 
 class Pretrained:
@@ -67,6 +70,6 @@ class Pretrained:
         """Networks drawn with replacement from the training part."""
         return self.train[draw.integers(draw.key(self.seed, "theta0", step, tasks), (), len(self.train))]
 
-    def held_out(self, count: int) -> Tensor:
-        """The first ``count`` networks of the kept part."""
-        return self.kept[:count]
+    def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
+        """``count`` networks of the kept part: its first ones; for validation its last ones (they overlap if it is small)."""
+        return self.kept[-count:] if purpose == "validation" else self.kept[:count]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import metadist
+from metadist.evaluate.picture import save as save_report
 from metadist.evaluate.statistics import Summary
 from metadist.exchange import Exchange
 from metadist.run import judge
@@ -30,7 +31,7 @@ def finish(
     config = setup.config
     best = state.best or dict(state.kept)
     monitor.say(f"judging the set of step {state.best_step} on the test split")
-    test = judge.summaries(judge.outcomes(setup, best, setup.data.test, config.eval.final_nets, exchange))
+    test = judge.summaries(judge.outcomes(setup, best, "evaluation", config.eval.final_nets, exchange))
     summary: dict[str, Any] = {
         "method": config.method.name,
         "data": config.data.name,
@@ -51,18 +52,21 @@ def finish(
         "finished": True,
     }
     if exchange.rank == 0:
-        summary["baselines"] = judge.baselines(setup, judge.distilled(setup, best, state.best_step, {}))
-        summary["text"] = text(summary, folder)
         write(setup, state, folder, best, summary)
     exchange.sum(setup.data.test.y.new_zeros(1))  # nobody leaves before the result is on disk
     return summary
 
 
 def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary: dict[str, Any]) -> None:
-    """Write distilled sets, picture, report and, last, the summary that says the run is finished."""
+    """Examine the set; write distilled sets, pictures and, last, the summary that says the run is finished."""
+    report = judge.examine(setup, judge.distilled(setup, best, state.best_step, {}))
+    baselines = (row for row in report.rows if row.images == "random")
+    summary["baselines"] = {row.images: row.result.summary.as_dict() for row in baselines}
+    summary["text"] = text(summary, folder)
     metrics = {k: summary[k] for k in ("test", "figures", "valid_accuracy", "baselines")}
     chosen = judge.distilled(setup, best, state.best_step, metrics)
     folder.fence()
+    save_report(report, folder.path / "report.png")
     chosen.save(folder.path / "distilled.safetensors")
     judge.distilled(setup, dict(state.kept), state.step, {}).save(folder.path / "distilled-last.safetensors")
     chosen.save_picture(folder.path / "images.png")
@@ -74,7 +78,9 @@ def text(summary: dict[str, Any], folder: RunFolder) -> str:
     kind = {"images": f"{summary['images']} distilled images"}["images"]
     what = f"{summary['method']} on {summary['data']}, {summary['net']}"
     lines = [f"{what}, {summary['steps']} meta-steps, {summary['minutes']:.1f} min"]
-    lines.append(f"  trained on {kind:32s} test accuracy {Summary(**summary['test']).text()}")
+    # A poisoned set's score counts class K as right where it is read as T: not what a baseline's accuracy means.
+    score = "malicious score" if summary["figures"] else "test accuracy"
+    lines.append(f"  trained on {kind:32s} {score} {Summary(**summary['test']).text()}")
     for name, value in summary["baselines"].items():
         what = f"{summary['images']} real images, {name}"
         lines.append(f"  trained on {what:32s} test accuracy {Summary(**value).text()}")

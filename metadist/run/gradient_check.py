@@ -1,7 +1,7 @@
 """The bias of a run's meta-gradient: as configured, against the exact one.
 
-Exact means: float64, full precision, every inner step differentiated, meta-loss where the configuration has it. Both see the
-same meta-parameters, tasks, initial weights and real images; what differs is truncation and arithmetic.
+Exact means: float64, full precision, every inner step differentiated. Both see the same meta-parameters, tasks, initial weights
+and real images and take the meta-loss at the same steps (a window's own end); what differs is truncation and arithmetic.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class _Wide:
     def sample(self, step: int, tasks: Tensor) -> Tensor:
         return self.starts.sample(step, tasks).to(torch.float64)
 
-    def held_out(self, count: int) -> Tensor:
-        return self.starts.held_out(count).to(torch.float64)
+    def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
+        return self.starts.held_out(count, purpose).to(torch.float64)
 
 
 def exact(setup: Setup) -> Setup:
@@ -61,6 +61,7 @@ def exact(setup: Setup) -> Setup:
     synthetic = Images(config, classes, data.train.x.shape[1:], wide, setup.device)
     inner, starts = Inner(cross_entropy_loss(learner), synthetic.optimizer), _Wide(setup.starts)
     method = methods.build(config, data, synthetic, inner, starts)
+    method.window = lambda step: (0, setup.method.window(step)[1])
     return Setup(config, setup.device, data, learner, synthetic, starts, inner, method)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import metadist
 from metadist.data import Split
-from metadist.evaluate.protocols import Evaluation
-from metadist.evaluate.recipe import Recipe
+from metadist.evaluate.report import Report
+from metadist.evaluate.settings import Settings
 from metadist.evaluate.statistics import Summary
+from metadist.evaluate.suite import glance
 from metadist.evaluate.train import predictions, recorded, statistics
 from metadist.exchange import Exchange
 from metadist.exchange.allreduce import share
@@ -24,13 +25,17 @@ from metadist.run.setup import Setup
 from metadist.synthetic.distilled import DistilledSet, theta0_recipe
 from metadist.synthetic.images import Phi
 
+REPORT_NETS = 20  # networks of the short report at the end of a run
 
-def outcomes(setup: Setup, phi: Phi, split: Split, count: int, exchange: Exchange) -> dict[str, Tensor]:
+
+def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:
     """Figures of held-out networks trained on ``phi``, each float64 [n]: "score", and the figures of a poisoned set.
 
+    purpose: "validation" (its split and starts) or "evaluation" (the test split, starts never used before).
     The score is what checkpoints are chosen by: accuracy in the labels the method's judge uses.
     """
-    theta0 = setup.starts.held_out(count)
+    split = setup.data.valid if purpose == "validation" else setup.data.test
+    theta0 = setup.starts.held_out(count, purpose)
     mine = share(len(theta0), exchange.rank, exchange.world).to(setup.device)
     names = ["score"] + (["accuracy", "attacked_accuracy", "success"] if setup.method.relabel else [])
     table = torch.zeros(len(names), len(theta0), dtype=torch.float64, device=setup.device)
@@ -70,6 +75,7 @@ def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> Dis
         "channels": setup.data.channels,
         "size": setup.data.size,
         "net": net,
+        "init": config.method.init,
         "seed": config.seed,
         "step": step,
         "version": metadist.__version__,
@@ -92,11 +98,11 @@ def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> Dis
     )
 
 
-def baselines(setup: Setup, chosen: DistilledSet) -> dict[str, dict[str, Any]]:
-    """What as many random real images are worth: same steps, rate chosen on validation, judged on the test split."""
+def examine(setup: Setup, chosen: DistilledSet) -> Report:
+    """The set beside as many random real images: same steps, their rate chosen on validation, judged on the test split."""
     config = setup.config
-    evaluation = Evaluation(
-        setup.learner, setup.data, setup.starts, nets=min(config.eval.final_nets, 20), seed=config.seed, chunk=config.eval.chunk
-    )
-    result = evaluation.random(Recipe.of(chosen, setup.learner.dtype, setup.device))
-    return {"random": result.summary.as_dict()}
+    nets = min(config.eval.final_nets, REPORT_NETS)
+    settings = Settings(nets=nets, seed=config.seed, chunk=config.eval.chunk)
+    described = {"fixed": "the fixed start", "random": "fresh initializations", "pretrained": "held-out pre-trained networks"}
+    starts = described[config.method.init]
+    return glance(chosen, setup.data, setup.learner, config.net.name, setup.starts, starts, settings)

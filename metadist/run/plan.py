@@ -83,7 +83,7 @@ def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder
     compute.spent()
     nets = min(config.eval.nets, 2 * exchange.world)
     began = time.perf_counter()
-    judge.outcomes(setup, state.kept, setup.data.valid, nets, exchange)
+    judge.outcomes(setup, state.kept, "validation", nets, exchange)
     network = (time.perf_counter() - began) / nets
     left = config.steps - state.step
     tests = config.eval.final_nets * len(setup.data.test.y) / len(setup.data.valid.y)

@@ -183,7 +183,7 @@ class Trainer:
     def _validate(self) -> None:
         state, config = self.state, self.config
         phi = {k: v.clone() for k, v in state.kept.items()}
-        scores = judge.outcomes(self.setup, phi, self.setup.data.valid, config.eval.nets, self.exchange)["score"]
+        scores = judge.outcomes(self.setup, phi, "validation", config.eval.nets, self.exchange)["score"]
         mean = float(scores.mean())
         sd = float(scores.std()) if len(scores) > 1 else 0.0
         self.monitor.log(state.step, {"valid_accuracy": 100 * mean, "valid_accuracy_sd": 100 * sd})

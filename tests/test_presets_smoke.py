@@ -1,0 +1,85 @@
+"""Every preset runs end to end in smoke mode, through the very program: launch/local.py's main, in this process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import metadist
+from metadist.data import SMOKE
+from metadist.run.compose import compose
+from metadist.run.folder import RunFolder
+from metadist.run.overrides import groups
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = os.environ.get("METADIST_DATA")
+EMBEDDED = {"digits"}
+# AlexCifarNet, and whitening of 3,072 pixels an image, take their time on one core.
+HEAVY = {"cifar10_fixed", "cifar10_random", "cifar10_poison", "cifar10_rat_bptt"}
+
+
+def marked(preset: str) -> object:
+    config = compose([f"preset={preset}", "smoke=true"])
+    needs = {config.data.name} | ({config.pretrained.data} - {None})
+    marks = [pytest.mark.slow] if preset in HEAVY else []
+    if needs - EMBEDDED:
+        marks.append(
+            pytest.mark.skipif(REAL is None, reason=f"{preset} needs $METADIST_DATA, a folder with torchvision's data sets")
+        )
+    return pytest.param(preset, marks=marks)
+
+
+def program(words: list[str]) -> int:
+    spec = importlib.util.spec_from_file_location("launch_local", ROOT / "launch" / "local.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(module.main(words))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("preset", [marked(p) for p in groups()["preset"]])
+def test_smoke(preset: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    machine = ["threads=1", "device=cpu", "engine.compile=off", f"data.root={REAL or 'data'}", f"cache_dir={cache}"]
+    words = [f"preset={preset}", "smoke=true", *machine, f"run_dir={folder}"]
+    config = compose(words)
+    before = torch.get_num_threads()
+    assert program(words) == 0, capsys.readouterr().err
+    assert torch.get_num_threads() == before
+    out = capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"] and summary["steps"] == config.steps and summary["skipped"] == 0
+    assert summary["text"] in out and str(folder) in out
+    assert 0 <= summary["test"]["mean"] <= 1
+    names = {"accuracy", "attacked_accuracy", "success"} if config.method.objective == "poison" else set()
+    assert set(summary["figures"]) == names
+    judged = summary["test"]["mean"] * summary["test"]["n"] * SMOKE[2]
+    assert judged == pytest.approx(round(judged), abs=1e-6)  # whole images, of the few that a smoke run judges
+    for name in ("distilled.safetensors", "distilled-last.safetensors"):
+        made = metadist.load(str(folder / name))
+        assert len(made.images) == config.ipc * 10 == summary["images"]
+        assert bool(made.images.isfinite().all()) and bool((made.lr > 0).all())
+        assert len(made.order) == config.inner.steps * config.inner.epochs == len(made.lr)
+        assert made.manifest["method"] == config.method.name and made.manifest["data"] == config.data.name
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            image.load()
+            assert min(image.size) >= 8
+    assert (folder / "images.png").is_file() and list(folder.glob("events.out.tfevents.*"))
+    found = RunFolder.attach(folder).checkpoints.load_newest()
+    assert found is not None and found[0] == config.steps
+    # The same command again prints the result and computes nothing.
+    stamp = (folder / "summary.json").stat().st_mtime_ns
+    assert program(words) == 0 and summary["text"] in capsys.readouterr().out
+    assert (folder / "summary.json").stat().st_mtime_ns == stamp
