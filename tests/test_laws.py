@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +67,22 @@ CASES = {
 WORLDS = (1, 2, 3)
 
 
-def folders(base: Path, workers: int, **more: Any) -> list[RunFolder]:
+def folders(base: Path, workers: int, cases: Sequence[str] = tuple(CASES), **more: Any) -> list[RunFolder]:
     """A run folder for each case."""
     words = [f"{k.replace('__', '.')}={v}" for k, v in more.items()]
     cache = f"cache_dir={base.parent / 'cache'}"  # the pool is trained once
     return [
-        RunFolder.open(compose([*COMMON, *case, *words, cache, f"workers={workers}", f"run_dir={base / name}"]))
-        for name, case in CASES.items()
+        RunFolder.open(compose([*COMMON, *CASES[name], *words, cache, f"workers={workers}", f"run_dir={base / name}"]))
+        for name in cases
     ]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All cases, one worker, one task at a time."""
+    """All cases, one worker, all tasks at once."""
     torch.set_num_threads(1)
     base = tmp_path_factory.mktemp("laws") / "alone"
-    train_all(folders(base, 1, engine__group=1), Alone())
+    train_all(folders(base, 1, engine__group=5), Alone())
     return base
 
 
@@ -127,11 +128,11 @@ def test_any_number_of_workers(case: str, alone: Path, together: Path) -> None:
     compare(alone / case, together / case)
 
 
-@pytest.mark.parametrize("group", [2, 5])
+@pytest.mark.parametrize("group", [1, 2])
 def test_any_group_size(group: int, alone: Path) -> None:
-    base = alone.parent / f"group-{group}"
-    train_all(folders(base, 1, engine__group=group), Alone())
-    for case in CASES:
+    base, cases = alone.parent / f"group-{group}", ("random-mlp", "truncated", "poison", "batch-norm")
+    train_all(folders(base, 1, cases, engine__group=group), Alone())
+    for case in cases:
         compare(alone / case, base / case)
 
 

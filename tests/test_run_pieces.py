@@ -25,7 +25,7 @@ from metadist.errors import RunError, UserError
 from metadist.run import local
 from metadist.run.cost import disk_mb, duration, estimate, megabytes, peak_memory_mb
 from metadist.run.folder import RunFolder, config_from_dict, cores
-from metadist.run.monitor import NAMES, Monitor
+from metadist.run.monitor import NAMES, Monitor, tag
 from metadist.run.signals import Stop, stop_status
 from metadist.run.worker import describe, execute, threads
 
@@ -229,7 +229,7 @@ def test_resume_purges_what_the_killed_start_logged(tmp_path: Path, capsys: pyte
     second.close()
     first.close()
     seen = events(tmp_path)
-    assert [(s.step, s.value) for s in seen.Scalars("meta_loss")] == [(0, 0.0), (10, 10.0), (20, 20.0), (30, 99.0)]
+    assert [(s.step, s.value) for s in seen.Scalars("learning/meta_loss")] == [(0, 0.0), (10, 10.0), (20, 20.0), (30, 99.0)]
     assert [s.step for s in seen.Scalars("rate/03")] == [0, 10, 20]
     assert len(list(tmp_path.glob("events.out.tfevents.*.0002"))) == 1
     assert "step 30/30  loss 99.000  left 0s" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_lines_pictures_and_log(tmp_path: Path, capsys: pytest.CaptureFixture[st
     seen = events(tmp_path)
     (picture,) = seen.Images("images")
     assert (picture.step, picture.height, picture.width) == (120, 4, 6)
-    assert seen.Scalars("valid_accuracy")[0].value == pytest.approx(78.44)
+    assert seen.Scalars("learning/valid_accuracy")[0].value == pytest.approx(78.44)
 
 
 def test_every_name_is_defined_and_others_are_refused(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_every_name_is_defined_and_others_are_refused(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=f"logged name={bad} "):
                 monitor.log(1, {bad: 1.0})
         monitor.close()
-    assert set(events(tmp_path).Tags()["scalars"]) == {n + "00" * n.endswith("/") for n in NAMES}
+    assert set(events(tmp_path).Tags()["scalars"]) == {tag(n + "00" * n.endswith("/")) for n in NAMES}
 
 
 def test_other_ranks_stay_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

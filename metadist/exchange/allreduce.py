@@ -11,6 +11,7 @@ Design choices
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -59,7 +60,10 @@ class AllReduce:
         self.rank, self.world = rank, world
         backend = config.exchange.backend
         if backend == "auto":
-            backend = "nccl" if config.device == "cuda" else "gloo"
+            # NCCL wants a GPU for each worker; gloo serves workers that share one, too.
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+            own_gpu = config.device != "cpu" and torch.cuda.is_available() and here <= torch.cuda.device_count()
+            backend = "nccl" if own_gpu else "gloo"
         host, port = store.rsplit(":", 1)
         timeout = timedelta(seconds=config.exchange.timeout_s)
         try:

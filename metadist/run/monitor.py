@@ -41,6 +41,19 @@ NAMES: dict[str, str] = {
 }
 
 
+# TensorBoard shows a row of cards for each prefix; a name with a slash is its own.
+ROWS: dict[str, tuple[str, ...]] = {
+    "learning": ("meta_loss", "grad_norm", "valid_accuracy", "valid_accuracy_sd", "meta_rate"),
+    "seconds": ("step_s", "compute_s", "exchange_s", "data_s", "tasks_per_s", "peak_memory_mb"),
+    "trouble": ("skipped", "rollbacks"),
+}
+
+
+def tag(name: str) -> str:
+    """The name under which TensorBoard shows a logged name: learning/meta_loss, rate/03."""
+    return next((f"{row}/{name}" for row, names in ROWS.items() if name in names), name)
+
+
 def known(name: str) -> bool:
     """Whether ``name`` is defined in NAMES, itself or by its prefix up to the slash."""
     head, slash, tail = name.partition("/")
@@ -89,7 +102,7 @@ class Monitor:
         if self._dir is None:
             return
         for name, value in values.items():
-            self._writer.add_scalar(name, float(value), step)
+            self._writer.add_scalar(tag(name), float(value), step)
         self._writer.flush()
         self._valid = values.get("valid_accuracy", self._valid)
         if "meta_loss" in values:
@@ -112,6 +125,10 @@ class Monitor:
         else:
             print(text, flush=True)
         self._keep(text)
+
+    def begin(self) -> None:
+        """Start the clock that the time left is reckoned by: compilation and trial steps before it don't count."""
+        self._since = time.monotonic()
 
     def advance(self, step: int) -> None:
         """Move the bar to ``step``; cheap, may be called every step."""

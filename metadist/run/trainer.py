@@ -50,6 +50,7 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
     trainer.monitor = Monitor(folder.path if exchange.rank == 0 else None, state.step, config.steps, folder.incarnation)
     try:
         trainer.prepare()
+        trainer.monitor.begin()
         stopped = trainer.loop(stop)
         minutes = trainer.minutes_before + (time.monotonic() - began) / 60
         if stopped is not None:
