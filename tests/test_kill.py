@@ -228,37 +228,53 @@ def test_a_run_that_cannot_be_saved_ends_clearly(nursery: Nursery, tmp_path: Pat
 
 
 class Failing(Alone):
-    """An exchange whose gradients are not finite at some steps, until the run has rolled back often enough."""
+    """An exchange whose gradients are not finite at some steps, until the run has rolled back."""
 
-    def __init__(self, bad: set[int], rollbacks: int = 1) -> None:
-        self.bad, self.rollbacks = bad, rollbacks
+    def __init__(self, bad: set[int], stop_at: int = 0) -> None:
+        """stop_at: the number of done steps at which another worker asks to stop."""
+        self.bad, self.stop_at = bad, stop_at
         self.seen: list[tuple[int, float]] = []
 
     def step(self, state: Any, tasks: int, compute: Any, apply: Callable[[Any, Tensor], Any], stop: bool) -> tuple[Any, bool]:
         self.seen.append((state.step, state.factor()))
-        if state.step in self.bad and state.rollbacks < self.rollbacks:
+        if state.step in self.bad and not state.rollbacks:
             before = {k: v.clone() for k, v in state.tensors().items()}
             apply(state, torch.full_like(compute(state, torch.arange(tasks)), torch.nan))
             assert all(torch.equal(v, before[k]) for k, v in state.tensors().items())  # skipped: nothing has moved
-            return state, stop
-        return super().step(state, tasks, compute, apply, stop)
+        else:
+            super().step(state, tasks, compute, apply, stop)
+        return state, state.step == self.stop_at
 
 
 def failing(at: Path, exchange: Failing, *more: str) -> dict[str, Any]:
-    folder = RunFolder.open(compose(words(at, "method=dd_random_init", "steps=9", "meta.max_bad=3", *more)))
+    at.mkdir(exist_ok=True)
+    folder = RunFolder.open(compose(words(at, "method=dd_random_init", "steps=12", "meta.max_bad=3", *more)))
     return trainer.train(folder.config, folder, exchange, Stop())
 
 
 def test_bad_steps_are_skipped_counted_and_rolled_back(tmp_path: Path) -> None:
     exchange = Failing({1, 4, 5, 6})
     summary = failing(tmp_path, exchange)
-    assert [step for step, _ in exchange.seen] == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6, 7, 8]
-    assert [factor for _, factor in exchange.seen] == [1.0] * 7 + [0.5] * 6
-    assert (summary["skipped"], summary["rollbacks"], summary["steps"]) == (4, 1, 9)
+    assert [step for step, _ in exchange.seen] == [0, 1, 2, 3, 4, 5, 6, *range(3, 12)]
+    assert [factor for _, factor in exchange.seen] == [1.0] * 7 + [0.5] * 9
+    assert (summary["skipped"], summary["rollbacks"], summary["steps"]) == (4, 1, 12)
 
 
 def test_no_anchor_lies_among_bad_steps(tmp_path: Path) -> None:
     """What made the gradients bad is in the state of step 6 already: rolling back there would mend nothing."""
     exchange = Failing({5, 6, 7})
     failing(tmp_path, exchange)
-    assert [step for step, _ in exchange.seen] == [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in exchange.seen] == [0, 1, 2, 3, 4, 5, 6, 7, *range(3, 12)]
+
+
+@pytest.mark.parametrize("stop_at", [8, 9, 10])
+def test_the_anchor_survives_a_stop_among_bad_steps(tmp_path: Path, stop_at: int) -> None:
+    """Three bad steps after the anchor at 6: a start that begins among them returns there too. The
+    checkpoint of step 9 is the newest even when the run was stopped just after it had rolled back."""
+    bad = {7, 8, 9}
+    failing(tmp_path / "whole", Failing(bad))
+    assert failing(tmp_path / "parts", Failing(bad, stop_at))["stopped"] == "SIGTERM"
+    resumed = Failing(bad)
+    failing(tmp_path / "parts", resumed)
+    assert [step for step, _ in resumed.seen] == [*range(min(stop_at, 9), 10), *range(6, 12)]
+    same(result(tmp_path / "parts" / "run"), result(tmp_path / "whole" / "run"))

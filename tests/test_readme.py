@@ -1,0 +1,77 @@
+"""Every command of the README runs: the short ones as they stand, presets in their smoke mode."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+SHELL = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines() if line.strip()]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+REAL = os.environ.get("METADIST_DATA")
+
+
+def programs() -> list[str]:
+    """Command lines of this project's programs, in order."""
+    return [line for line in SHELL if line.startswith("python launch/")]
+
+
+def in_small(words: list[str]) -> list[str]:
+    """The same command, as a smoke run where it trains; real data from where this machine has them."""
+    words = [w for w in words if not w.startswith(("data.root=", "data.download="))]
+    if words[1].endswith("local.py") and not {"--help", "--cfg"} & set(words):
+        words += ["smoke=true", "threads=1", f"data.root={REAL}"]
+    if words[1].endswith("evaluate.py"):
+        words += ["nets=2", "epochs=1", "trials=1", "threads=1"] if "check=gradient" not in words else []
+    return words
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which runs/x is a small finished run, as the README assumes."""
+    place = tmp_path_factory.mktemp("readme")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place)}
+    command = [sys.executable, str(ROOT / "launch" / "local.py"), "smoke=true", "threads=1", "run_dir=runs/x"]
+    subprocess.run(command, cwd=place, env=environ, check=True, capture_output=True, timeout=300)
+    return place
+
+
+@pytest.mark.parametrize("line", programs())
+def test_program(line: str, place: Path) -> None:
+    words = in_small(shlex.split(line))
+    if REAL is None and any("mnist" in w or "cifar" in w for w in words):
+        pytest.skip("needs $METADIST_DATA, a folder with torchvision's data sets")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place)}
+    command = [sys.executable, str(ROOT / words[1]), *words[2:]]
+    done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python(block: str, place: Path) -> None:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", block], cwd=place, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_are_two_set_up_commands_of_one_line_and_nothing_else_to_install() -> None:
+    set_up = [line for line in SHELL if "pip install" in line]
+    assert len(set_up) == 2
+    assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && ") for line in set_up)
+    assert set_up[0].endswith(".venv/bin/python launch/local.py workers=2")
+    assert set_up[1].endswith(".venv/bin/python -m pytest")
+
+
+def test_every_shell_line_is_known() -> None:
+    known = ("python launch/", "python3 -m venv", "tensorboard --logdir")
+    assert all(line.startswith(known) for line in SHELL)
+    assert len(README.splitlines()) < 200
