@@ -204,7 +204,7 @@ def _judge(dset: DistilledSet, data: Dataset[Any] | str | None, cfg: DataConfig,
     """The real images as the set's networks see them."""
     if data is None or isinstance(data, str):
         cfg.name = data or str(dset.manifest.get("data"))
-        if data is None and cfg.name not in data_room.NAMES:
+        if data is None and cfg.name not in data_room.sources.NAMED:
             raise UserError(f"the set was made for a Dataset of its author's own ({cfg.name}); give data=")
         found = data_room.load(cfg, device, torch.float32)
         fitting.check(dset, found)

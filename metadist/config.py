@@ -196,11 +196,11 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # per worker; 0: cores / workers
     cache_dir: str = "~/.cache/metadist"  # what several runs can share: whitening, pre-trained networks
-    smoke: bool = False  # the preset's few-second version
+    smoke: bool = False  # the preset's few-second version, on a few real images
 
 
 CIRCUMSTANCE = {
-    "steps", "run_dir", "workers", "device", "threads", "cache_dir", "run", "smoke",
+    "steps", "run_dir", "workers", "device", "threads", "cache_dir", "run",
     "data.root", "data.download", "exchange.timeout_s", "exchange.backend",
     "engine.compile", "engine.group", "engine.memory_gb", "eval.chunk", "eval.final_nets",
 }  # fmt: skip

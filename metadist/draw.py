@@ -56,10 +56,10 @@ def key(seed: int, stream: str, step: int | Tensor = 0, task: int | Tensor = 0) 
     stream: what is drawn ("theta0", "batch"...); streams never overlap.
     step: meta-step, integer or int64 tensor, below 2**32.
     task: global task number, integer or int64 tensor [G], below 2**32.
-    Returns int64 [..., 2], leading axes those of step and task broadcast.
+    Returns int64 [..., 2], leading axes those of step and task broadcast, on task's device if that is a tensor, else step's.
     """
     step_t, task_t = torch.as_tensor(step), torch.as_tensor(task)
-    device = task_t.device if task_t.dim() else step_t.device
+    device = task_t.device if isinstance(task, Tensor) else step_t.device
     root = torch.tensor([seed & _MASK, (seed >> 32) & _MASK], dtype=torch.int64, device=device)
     name = torch.tensor(zlib.crc32(stream.encode()), dtype=torch.int64, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)

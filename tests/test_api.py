@@ -27,7 +27,7 @@ SMALL = {
     "engine": {"compile": "off", "group": 2, "dtype": "float64"},
     "eval": {"every": 3, "nets": 2, "final_nets": 4},
     "run": {"checkpoint_every": 2, "log_every": 3},
-    "meta.lr": 0.1,
+    "meta": {"lr": 0.1, "lr_rate": 0.1, "schedule": "constant", "clip": 0.0, "ema": 0.0},
 }  # fmt: skip
 
 

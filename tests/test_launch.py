@@ -196,7 +196,7 @@ BAD = {
     "net=custom": "net.target=",
     "net.target=a.B": "net=custom",
     "net.kwargs.a=1": "net=custom",
-    "meta.horizon=9": "cosine",
+    "meta.schedule=constant meta.horizon=9": "cosine",
     "meta.schedule=cosine meta.decay_every=9": "meta.schedule=step",
     "engine.precision=bf16 device=cpu": "on a CPU",
     "engine.precision=tf32 device=cpu": "on a CPU",
@@ -409,7 +409,7 @@ def test_runs_lists_folders(tmp_path, monkeypatch, capsys):
     rows = capsys.readouterr().out.splitlines()[2:]
     assert len(rows) == 2
     assert all(
-        word in rows[0] for word in ("runs/a", "dd_random_init", "digits", "lenet", "30/30", "87.65 +- 1.23", "50.00", "yes")
+        word in rows[0] for word in ("runs/a", "dd_random_init", "digits", "mlp", "30/30", "87.65 +- 1.23", "50.00", "yes")
     )
     assert all(word in rows[1] for word in ("runs/b", "20/30", "  -", "no"))
     assert runs_program.main(["runs/b", "json=true"]) == 0
@@ -423,11 +423,11 @@ def test_runs_compares(tmp_path, capsys):
     write_run(b, compose(["seed=1", "ipc=5"]), 0.25)
     assert runs_program.main([f"compare={a},{b}", "json=true"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["identity"] == {"ipc": [10, 5], "seed": [0, 1]}  # workers is circumstance
+    assert found["identity"] == {"ipc": [1, 5], "seed": [0, 1]}  # workers is circumstance
     assert [r["figures"]["test.mean"] for r in found["runs"]] == [0.5, 0.25]
     assert runs_program.main([f"compare={a},{b}"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["ipc", "10", "5"] in lines
+    assert ["ipc", "1", "5"] in lines
     assert ["test.mean", "0.5", "0.25"] in lines
 
 

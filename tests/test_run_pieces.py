@@ -223,6 +223,7 @@ def test_resume_purges_what_the_killed_start_logged(tmp_path: Path, capsys: pyte
     for step in (0, 10, 20, 25):
         first.log(step, {"meta_loss": float(step), "rate/03": 0.5})
     first._writer.flush()  # killed here: not closed
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which hold whole seconds
     second = Monitor(tmp_path, 20, 30, incarnation=2)  # the checkpoint of step 20 holds
     second.log(30, {"meta_loss": 99.0})
     second.close()

@@ -32,7 +32,7 @@ class Exchange(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave."""
+        """Leave, once rank 0 is done: the others wait for it."""
         ...
 
 

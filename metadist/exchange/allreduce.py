@@ -12,9 +12,10 @@ Design choices
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from metadist.config import Config
 from metadist.errors import RunError
 
 S = TypeVar("S")
+_POLL_S = 0.1
 
 
 def share(tasks: int, rank: int, world: int) -> Tensor:
@@ -70,6 +72,7 @@ class AllReduce:
             tcp = dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
             prefixed = dist.PrefixStore(f"start-{incarnation}", tcp)  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
+            self._store: Any = dist.PrefixStore("close", prefixed)  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
             raise RunError(f"worker {rank} could not join the others at {store}: {_first_line(error)}") from error
 
@@ -92,9 +95,20 @@ class AllReduce:
         return values
 
     def close(self) -> None:
-        """Leave the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the group, all together, once rank 0 is done. Raises RunError when the launcher is lost.
+
+        Rank 0 alone writes reports, for as long as that takes: a collective would time out, a key in the store does not.
+        """
+        if not dist.is_initialized():
+            return
+        try:
+            if self.rank == 0:
+                self._store.set("done", "1")
+            while self.rank and not self._store.check(["done"]):
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            raise RunError(f"worker {self.rank} lost its launcher ({_first_line(error)})") from error
+        dist.destroy_process_group()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """How a pure function of fixed shapes is executed: as it stands, compiled, or captured in a CUDA graph.
 
-Compilation needs a C++ compiler on a CPU; ``compiler_at_hand`` asks for one. Both ways of execution give the same numbers as
+Compilation needs a C++ compiler on a CPU, a C compiler on a GPU (Triton's launchers), and Python's headers for either;
+``compiler_at_hand`` asks for them. Both ways of execution give the same numbers as
 the plain one in float64 (tested), up to the rounding of another order of summation.
 """
 
@@ -8,22 +9,38 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+_SHAPES = 64  # a function is compiled for
 
-def compiler_at_hand() -> bool:
-    """Whether a C++ compiler that ``torch.compile`` would use is on this machine."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None or shutil.which("clang++") is not None
+
+def compiler_at_hand(kind: str = "cpu") -> bool:
+    """Whether what ``torch.compile`` would use is on this machine. kind: "cpu" | "cuda", of the device."""
+    if kind == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        names = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and any(shutil.which(name) is not None for name in names)
 
 
 def accelerate(function: Callable[..., Any], compile: bool, graph: bool) -> Callable[..., Any]:
     """``function``, compiled and captured as asked. Capture applies where its tensors lie on a GPU."""
-    fast: Any = torch.compile(function, fullgraph=True, dynamic=False) if compile else function
+    fast: Any = function
+    if compile:
+        import torch._dynamo.config as limits  # ~1 s to import
+
+        # Each number of tasks or networks is a shape of its own; at the limit of 8 a whole-graph compilation is an error.
+        limits.recompile_limit = max(limits.recompile_limit, _SHAPES)
+        fast = torch.compile(function, fullgraph=True, dynamic=False)
     return Captured(fast) if graph else fast
 
 

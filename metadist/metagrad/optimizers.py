@@ -73,7 +73,7 @@ class Optimizer:
         t = torch.arange(1, len(lr) + 1, dtype=lr.dtype, device=lr.device)
         # expm1: 1 - beta2**t loses five digits in float32. A number, not a tensor: a CUDA graph can't copy one from the host.
         second = -torch.expm1(t * math.log(max(self.beta2, 1e-300)))
-        return torch.stack((lr, momentum, 1 - torch.cumprod(momentum, 0), second), dim=1)
+        return torch.stack((lr, momentum, 1 - _running_product(momentum), second), dim=1)
 
     def update(self, state: State, grad: Tensor, h: Tensor) -> State:
         """One step: the state after it.
@@ -91,3 +91,14 @@ class Optimizer:
         second = self.beta2 * state[2] + (1 - self.beta2) * grad.square()
         step = h[0] * (first / h[2]) / torch.sqrt(second / h[3] + self.eps**2)
         return state[0] - step, first, second
+
+
+def _running_product(x: Tensor) -> Tensor:
+    """prod(x[:t + 1]) for every t of x [T]."""
+    if not x.requires_grad:
+        return torch.cumprod(x, 0)
+    # cumprod's backward asks the host whether a factor is 0, which a CUDA graph can't capture.
+    out = [x[0]]
+    for factor in x[1:].unbind():
+        out.append(out[-1] * factor)
+    return torch.stack(out)

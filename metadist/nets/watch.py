@@ -92,7 +92,9 @@ def same_generators() -> Iterator[None]:
     """Puts the global generators back to where they were."""
     state = random.getstate()
     try:
-        with torch.random.fork_rng():
+        # The current GPU's generator only: of several, fork_rng would save each, and warn.
+        at_work = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if at_work else []):
             yield
     finally:
         random.setstate(state)

@@ -27,7 +27,10 @@ def picture(setup: Setup, phi: Phi) -> Tensor:
 def finish(
     setup: Setup, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor, minutes: float
 ) -> dict[str, Any]:
-    """Judge the chosen set on the test split, write the result, return the summary. All workers take part; rank 0 writes."""
+    """Judge the chosen set on the test split, write the result, return the summary. All workers judge; rank 0 writes.
+
+    The others don't wait in a collective for that, whose time is limited: they wait in ``exchange.close``.
+    """
     config = setup.config
     best = state.best or dict(state.kept)
     monitor.say(f"judging the set of step {state.best_step} on the test split")
@@ -53,7 +56,6 @@ def finish(
     }
     if exchange.rank == 0:
         write(setup, state, folder, best, summary)
-    exchange.sum(setup.data.test.y.new_zeros(1))  # nobody leaves before the result is on disk
     return summary
 
 
@@ -67,6 +69,7 @@ def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary:
     chosen = judge.distilled(setup, best, state.best_step, metrics)
     folder.fence()
     save_report(report, folder.path / "report.png")
+    folder.fence()  # drawing takes seconds
     chosen.save(folder.path / "distilled.safetensors")
     judge.distilled(setup, dict(state.kept), state.step, {}).save(folder.path / "distilled-last.safetensors")
     chosen.save_picture(folder.path / "images.png")

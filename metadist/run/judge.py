@@ -81,7 +81,8 @@ def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> Dis
         "version": metadist.__version__,
         "metrics": metrics,
     }
-    if theta0 is not None and config.net.name != "custom" and theta0.dtype == torch.float32:
+    drawable = config.net.name != "custom" and config.net.init != "orthogonal"  # a QR's bits are the processor's own
+    if theta0 is not None and drawable and theta0.dtype == torch.float32:
         # Drawn again by its recipe: the file stays as small as its images.
         manifest["theta0_recipe"] = theta0_recipe(net, config.seed, theta0)
         theta0 = None

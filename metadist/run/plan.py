@@ -2,7 +2,7 @@
 
 Design choices
 - The memory of one task is measured by a trial task, not guessed; as many tasks as engine.memory_gb holds run at once.
-- compile=auto: on a GPU always; on a CPU if a C++ compiler is there and the remaining steps, at the speed of an uncompiled
+- compile=auto, where a compiler is at hand: on a GPU always; on a CPU if the remaining steps, at the speed of an uncompiled
   trial step, would repay a minute or so of compilation.
 - Decisions depend on the clock and the machine, so they are written into the run folder and reused.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from metadist.errors import UserError
 from metadist.exchange import Exchange
 from metadist.exchange.allreduce import share
 from metadist.metagrad.execution import compiler_at_hand
@@ -38,14 +39,23 @@ class Decisions(NamedTuple):
 
 
 def decide(setup: Setup, folder: RunFolder, exchange: Exchange, step: int) -> Decisions:
-    """Resolve group size and compilation for this number of workers, or read what was resolved before."""
+    """Resolve group size and compilation for this number of workers, or read what was resolved before.
+
+    Raises UserError if compilation is wanted, or recorded, where no compiler is.
+    """
     engine, most = setup.config.engine, len(share(setup.config.tasks, 0, exchange.world))
     group = engine.group or int(folder.resolve(f"group-{exchange.world}", lambda: _group(setup, most)))
     group = min(group, most)
-    if engine.compile != "auto":
-        return Decisions(group, engine.compile == "on")
-    compile = folder.resolve("compile", lambda: _worth_compiling(setup, group, most, step))
-    return Decisions(group, bool(compile))
+    if engine.compile == "auto":
+        compile = bool(folder.resolve("compile", lambda: _worth_compiling(setup, group, most, step)))
+    else:
+        compile = engine.compile == "on"
+    if compile and not compiler_at_hand(setup.device.type):
+        what = "engine.compile=on" if engine.compile == "on" else "this run was compiled at its first start, and going on so"
+        raise UserError(
+            f"{what} needs a compiler (g++, on a GPU gcc) and Python's headers; install them or give engine.compile=off"
+        )
+    return Decisions(group, compile)
 
 
 def _group(setup: Setup, most: int) -> int:
@@ -56,10 +66,10 @@ def _group(setup: Setup, most: int) -> int:
 
 
 def _worth_compiling(setup: Setup, group: int, most: int, step: int) -> bool:
+    if not compiler_at_hand(setup.device.type):
+        return False
     if setup.device.type == "cuda":
         return True
-    if not compiler_at_hand():
-        return False
     compute = Compute(setup.method, group, setup.device, setup.static)
     seconds = _trial(setup, compute, most)
     return seconds * SAVED * (setup.config.steps - step) > 2 * COMPILE_S
@@ -92,7 +102,8 @@ def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder
     checkpoint = sum(t.numel() * t.element_size() for t in state.tensors().values()) * 2 / 1e6
     images = sum(p.numel() for p in state.phi.values()) * 4 / 1e6
     scalars = left // config.run.log_every * (12 + 2 * len(setup.synthetic.order))
-    disk = disk_mb(checkpoint, images, config.run.keep, 0, scalars, (left // config.run.image_every + 2) * images)
+    anchors = left // config.run.anchor_every if config.run.anchor_every else 0
+    disk = disk_mb(checkpoint, images, config.run.keep, anchors, scalars, (left // config.run.image_every + 2) * images)
     peak = peak_memory_mb(setup.device)
     text = estimate(seconds, left, peak, disk, evaluation_s=evaluation, workers=exchange.world, tasks=config.tasks)
     monitor.say(text)

@@ -67,12 +67,14 @@ def device_of(config: Config) -> torch.device:
 def with_precision(loss: Loss, precision: str, device: torch.device) -> Loss:
     """The loss with its matrix products in tf32 or bf16; fp32 leaves it alone."""
     if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True  # a resumed run must end where the uninterrupted one does, bit for bit
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision != "bf16":
         return loss
 
     def lowered(theta: Tensor, batch: Batch) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        # No cache of lowered weights: it would outlive a level of torch.func, or the recording of a CUDA graph.
+        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
             return loss(theta, batch)
 
     return lowered
