@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from metadist.errors import UserError
 
@@ -38,6 +36,10 @@ def chunks(x: Tensor, size: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
 
 def resize(x: Tensor, size: int) -> Tensor:
     """x [N, C, H, W] (uint8 or in [0, 1]) as [N, C, size, size] floats: bilinear, antialiased; x itself if it has that size."""
+    # A second of imports that most runs do without.
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as tv
+
     if x.shape[-2:] == (size, size):
         return x
     kind = torch.float32 if x.dtype == torch.uint8 else x.dtype

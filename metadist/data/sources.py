@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.datasets as tvd
 from sklearn.datasets import load_digits
 
 from metadist.config import DataConfig
@@ -27,13 +26,21 @@ DIGIT_SETS = ("digits", "mnist", "svhn", "usps")  # classes are digits: a mirror
 _TEN = tuple(str(i) for i in range(10))
 
 _Make = Callable[[str, bool, bool], Any]  # (root, training part?, download?) -> a torchvision data set
+
+
+def _torchvision(name: str, root: str, **how: Any) -> Any:
+    import torchvision.datasets  # two seconds that runs on digits and on folders do without
+
+    return getattr(torchvision.datasets, name)(root, **how)
+
+
 _TORCHVISION: dict[str, _Make] = {
-    "mnist": lambda root, train, download: tvd.MNIST(root, train=train, download=download),
-    "fashion_mnist": lambda root, train, download: tvd.FashionMNIST(root, train=train, download=download),
-    "cifar10": lambda root, train, download: tvd.CIFAR10(root, train=train, download=download),
-    "cifar100": lambda root, train, download: tvd.CIFAR100(root, train=train, download=download),
-    "svhn": lambda root, train, download: tvd.SVHN(root, split="train" if train else "test", download=download),
-    "usps": lambda root, train, download: tvd.USPS(root, train=train, download=download),
+    "mnist": lambda root, train, download: _torchvision("MNIST", root, train=train, download=download),
+    "fashion_mnist": lambda root, train, download: _torchvision("FashionMNIST", root, train=train, download=download),
+    "cifar10": lambda root, train, download: _torchvision("CIFAR10", root, train=train, download=download),
+    "cifar100": lambda root, train, download: _torchvision("CIFAR100", root, train=train, download=download),
+    "svhn": lambda root, train, download: _torchvision("SVHN", root, split="train" if train else "test", download=download),
+    "usps": lambda root, train, download: _torchvision("USPS", root, train=train, download=download),
 }
 NAMED = ("digits", *_TORCHVISION)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 
@@ -31,8 +30,10 @@ class Summary:
             raise ValueError("no values to summarise")
         if n == 1:
             return Summary(float(v[0]), 0.0, 1, None)
+        from scipy.special import stdtrit  # Student's t quantile; scipy.stats takes half a second to import
+
         sd = float(v.std(correction=1))
-        return Summary(float(v.mean()), sd, n, float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n))
+        return Summary(float(v.mean()), sd, n, float(stdtrit(n - 1, 0.975)) * sd / math.sqrt(n))
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

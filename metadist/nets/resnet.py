@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
-def _small(net: ResNet, channels: int) -> nn.Module:
+def _small(block: str, layers: list[int], channels: int, classes: int) -> nn.Module:
+    from torchvision.models import resnet  # two seconds that runs with other nets do without
+
+    net = resnet.ResNet(getattr(resnet, block), layers, num_classes=classes)
     net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     module: nn.Module = net
@@ -15,9 +17,9 @@ def _small(net: ResNet, channels: int) -> nn.Module:
 
 def resnet18(channels: int, size: int, classes: int) -> nn.Module:
     """18 layers, BatchNorm, any image size: [B, C, H, W] -> [B, classes]."""
-    return _small(ResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes), channels)
+    return _small("BasicBlock", [2, 2, 2, 2], channels, classes)
 
 
 def resnet50(channels: int, size: int, classes: int) -> nn.Module:
     """50 layers, BatchNorm, any image size: [B, C, H, W] -> [B, classes]."""
-    return _small(ResNet(Bottleneck, [3, 4, 6, 3], num_classes=classes), channels)
+    return _small("Bottleneck", [3, 4, 6, 3], channels, classes)

@@ -2,8 +2,8 @@
 
 Design choices
 - ``apply`` is deterministic in (state, combined buffer): every replica stays the same to the bit.
-- A meta-gradient that is not finite, or larger than meta.explode, is skipped and counted, but the step number moves on: its
-  tasks are never drawn again. What happens after several in a row is the trainer's affair.
+- A meta-gradient that is not finite, or larger than meta.explode, is skipped and counted, but the step number moves on to
+  other tasks. What happens after several in a row is the trainer's affair.
 - Everything that decides the future is in ``tensors`` and ``metadata``: restoring them continues bit for bit.
 """
 

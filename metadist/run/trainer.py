@@ -81,6 +81,8 @@ class Trainer:
         self.config: Config = setup.config
         self.monitor = Monitor(None, 0, 0)
         self.anchor: Snapshot = self._snapshot()
+        # Where roll-backs return to decides the result: fixed at the first start, whatever checkpoint_every is later.
+        self.anchor_every = int(folder.resolve("anchor-every", lambda: setup.config.run.checkpoint_every))
         self.minutes_before = 0.0
         self._started = self._saved = time.monotonic()
         self._seconds: dict[str, float] = {}
@@ -127,7 +129,7 @@ class Trainer:
             self._log(last)
             if last or state.step % self.config.eval.every == 0:
                 self._validate()
-            if state.step % due.checkpoint_every == 0 and state.bad == 0:  # what made steps bad is no place to return to
+            if state.step % self.anchor_every == 0 and state.bad == 0:  # what made steps bad is no place to return to
                 self.anchor = self._snapshot()
             late = due.checkpoint_s > 0 and time.monotonic() - self._saved >= due.checkpoint_s
             if last or leave or late or state.step % due.checkpoint_every == 0:
