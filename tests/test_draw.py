@@ -174,3 +174,9 @@ def test_draws_leave_the_global_generator_alone() -> None:
     draw.normal(keys(2), (10,))
     draw.permutation(keys(2), 10)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_key_lies_where_its_task_lies() -> None:
+    task = torch.zeros((), dtype=torch.int64, device="meta")
+    assert draw.key(0, "x", 0, task).device.type == "meta"
+    assert draw.key(0, "x", 0, task[None]).device.type == "meta"

@@ -18,7 +18,8 @@ FILE_LINES, FUNCTION_LINES = 260, 60
 
 # From the ground up: a room imports itself and rooms to its left.
 ROOMS = (
-    "draw", "errors", "config", "metagrad", "store", "nets", "data", "synthetic", "methods", "exchange", "evaluate", "run", "api",
+    "draw", "errors", "config", "metagrad", "store", "nets", "data", "synthetic", "methods", "exchange",
+    "evaluate", "run", "api",
 )  # fmt: skip
 # metadist.evaluate is a package and a function at once: its __call__ fetches the function when it is called.
 ALLOWED = {("evaluate/__init__.py", "api")}

@@ -24,7 +24,8 @@ from metadist.config import Config, NetConfig
 from metadist.errors import RunError, UserError
 from metadist.run import local
 from metadist.run.cost import disk_mb, duration, estimate, megabytes, peak_memory_mb
-from metadist.run.folder import RunFolder, config_from_dict, cores
+from metadist.run.environment import cores
+from metadist.run.folder import RunFolder, config_from_dict
 from metadist.run.monitor import NAMES, Monitor, tag
 from metadist.run.signals import Stop, stop_status
 from metadist.run.worker import describe, execute, threads
@@ -92,7 +93,7 @@ def test_default_folder_is_named_by_the_identity(tmp_path: Path, monkeypatch: py
 
 
 def test_another_identity_is_refused_with_the_difference(tmp_path: Path) -> None:
-    RunFolder.open(config(tmp_path))
+    RunFolder.open(config(tmp_path)).checkpoints.save(1, {"x": torch.zeros(1)}, {})
     other = config(tmp_path, seed=3)
     other.inner.lr = 0.5
     with pytest.raises(UserError) as caught:
@@ -100,6 +101,13 @@ def test_another_identity_is_refused_with_the_difference(tmp_path: Path) -> None
     assert "inner.lr: 0.02 -> 0.5, seed: 0 -> 3" in str(caught.value) and "\n" not in str(caught.value)
     assert RunFolder.attach(tmp_path / "run").config == config(tmp_path)
     assert RunFolder.open(config(tmp_path)).incarnation == 2  # the refused one claimed nothing
+
+
+def test_a_start_that_came_to_nothing_does_not_keep_the_folder(tmp_path: Path) -> None:
+    RunFolder.open(config(tmp_path)).resolve("horizon", lambda: 7)
+    second = RunFolder.open(config(tmp_path, seed=3))
+    assert RunFolder.attach(tmp_path / "run").config.seed == 3
+    assert second.resolve("horizon", lambda: 8) == 8  # what the first one resolved was for another run
 
 
 def test_circumstance_and_raised_steps_are_rewritten(tmp_path: Path) -> None:

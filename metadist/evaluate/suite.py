@@ -18,7 +18,7 @@ from metadist.nets import Learner
 from metadist.synthetic.distilled import DistilledSet
 
 FULL_NETS = 5  # networks on the full data set
-CURVE_POINTS = 16  # at most, of accuracy against inner step
+CURVE_POINTS = 10  # at most, of accuracy against inner step
 
 
 class Examination:

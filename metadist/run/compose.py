@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from metadist.config import Config
 from metadist.errors import UserError
 from metadist.run.overrides import config_dir, keys, kind_of, parse, plain
-from metadist.run.validate import validate
+from metadist.run.validate import unread, validate
 
 
 @dataclass
@@ -87,15 +87,20 @@ def expand(overrides: Sequence[str]) -> list[Point]:
 def _point(fixed: Sequence[Override], swept: Sequence[Override], values: Sequence[str]) -> Point:
     chosen = {o.get_key_element(): v for o, v in zip(swept, values)}
     words = [str(o.input_line) for o in fixed] + [f"{k}={v}" for k, v in chosen.items()]
-    return Point(tuple(words), chosen, _config(plain(parse(words))))
+    # What one run of a sweep does not read, another may.
+    return Point(tuple(words), chosen, _config(plain(parse(words)), strict=not swept))
 
 
-def _config(words: list[str]) -> Config:
+def _config(words: list[str], strict: bool = True) -> Config:
     schema = _compose(words)
     if schema.smoke:
         schema = _compose([*schema.smoke_overrides, *words])
     config = Config(**{f.name: getattr(schema, f.name) for f in dataclasses.fields(Config)})
     validate(config)
+    ignored = unread(config) if strict else {}
+    for key in (word.lstrip("+").partition("=")[0] for word in words):
+        if key in ignored:
+            raise UserError(f"{key} is not read by this run: it belongs to {ignored[key]}; leave it out, or give that as well")
     return config
 
 

@@ -12,7 +12,8 @@ from metadist.evaluate.picture import save as save_report
 from metadist.evaluate.statistics import Summary
 from metadist.exchange import Exchange
 from metadist.run import judge
-from metadist.run.folder import RunFolder, environment
+from metadist.run.environment import environment
+from metadist.run.folder import RunFolder
 from metadist.run.monitor import Monitor
 from metadist.run.setup import Setup
 from metadist.run.state import MetaState

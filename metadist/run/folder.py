@@ -19,11 +19,7 @@ import dataclasses
 import functools
 import json
 import os
-import platform
-import re
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +27,7 @@ from typing import Any, get_type_hints
 
 from metadist.config import Config, default_run_dir, identity
 from metadist.errors import RunError, UserError
+from metadist.run.environment import environment
 from metadist.store import Checkpoints, atomic_write, claim, clean, disk_error
 
 _POLL_S = 0.05
@@ -50,50 +47,6 @@ def _build(cls: type[Any], record: dict[str, Any], prefix: str) -> Any:
         raise UserError(f"{prefix}{extra[0]} is no key of this version of metadist; use the version that made the run")
     nested = {k: _build(kinds[k], v, f"{prefix}{k}.") for k, v in record.items() if dataclasses.is_dataclass(kinds[k])}
     return cls(**{**record, **nested})
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def environment() -> dict[str, Any]:
-    """What a start runs on: versions, processor, host, git commit of metadist ("+dirty" if changed; None: no checkout)."""
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": cores(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "command": sys.argv,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()):
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    package = Path(__file__).resolve().parents[1]
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(package), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        # A package installed into somebody's own repository must not report that repository's commit.
-        if Path(git("rev-parse", "--show-toplevel")) / "metadist" == package:
-            return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
-    return None
 
 
 def _dump(value: object) -> bytes:
@@ -253,6 +206,13 @@ class RunFolder:
 
 def _check_identity(path: Path, config: Config) -> None:
     old, new = (json.loads(json.dumps(identity(c))) for c in (config_from_dict(_read(path / "config.json")), config))
+    started = (path / "summary.json").exists() or any((path / "checkpoints").glob("*.safetensors"))
+    if old != new and not started:
+        # A start that ended before its first checkpoint, by a mistake say, has nothing to protect.
+        for record in (path / "resolved").glob("*.json"):
+            record.unlink()
+        atomic_write(path / "config.json", _dump(dataclasses.asdict(config)))
+        return
     if changed := [f"{k}: {old[k]} -> {new[k]}" for k in new if old[k] != new[k]]:
         raise UserError(
             f"run_dir={path} holds another run ({', '.join(changed)}; recorded -> given); "

@@ -26,6 +26,8 @@ from metadist.synthetic.distilled import DistilledSet, theta0_recipe
 from metadist.synthetic.images import Phi
 
 REPORT_NETS = 20  # networks of the short report at the end of a run
+CURVE_NETS = 10  # of them, those whose accuracy is followed from step to step
+REPORT_PASSES = 2 * CURVE_NETS * 11 + 3 * REPORT_NETS  # over the test split: curves, and the networks themselves
 
 
 def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ def examine(setup: Setup, chosen: DistilledSet) -> Report:
     """The set beside as many random real images: same steps, their rate chosen on validation, judged on the test split."""
     config = setup.config
     nets = min(config.eval.final_nets, REPORT_NETS)
-    settings = Settings(nets=nets, seed=config.seed, chunk=config.eval.chunk)
+    settings = Settings(nets=nets, seed=config.seed, chunk=min(config.eval.chunk, CURVE_NETS))
     described = {"fixed": "the fixed start", "random": "fresh initializations", "pretrained": "held-out pre-trained networks"}
     starts = described[config.method.init]
     return glance(chosen, setup.data, setup.learner, config.net.name, setup.starts, starts, settings)

@@ -96,9 +96,10 @@ def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder
     judge.outcomes(setup, state.kept, "validation", nets, exchange)
     network = (time.perf_counter() - began) / nets
     left = config.steps - state.step
-    tests = config.eval.final_nets * len(setup.data.test.y) / len(setup.data.valid.y)
     fixed = config.method.init == "fixed"
-    evaluation = network * ((left // config.eval.every) * (1 if fixed else config.eval.nets) + (1 if fixed else tests))
+    tests = (1 if fixed else config.eval.final_nets) + judge.REPORT_PASSES
+    validations = left // config.eval.every * (1 if fixed else config.eval.nets)
+    evaluation = network * (validations + tests * len(setup.data.test.y) / len(setup.data.valid.y))
     checkpoint = sum(t.numel() * t.element_size() for t in state.tensors().values()) * 2 / 1e6
     images = sum(p.numel() for p in state.phi.values()) * 4 / 1e6
     scalars = left // config.run.log_every * (12 + 2 * len(setup.synthetic.order))

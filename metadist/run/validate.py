@@ -110,6 +110,23 @@ def validate_with_data(config: Config, classes: int) -> None:
             raise UserError(f"method.{key}={given} is no class of data={config.data.name}; allowed: 0 to {classes - 1}")
 
 
+def unread(config: Config) -> dict[str, str]:
+    """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
+    method, inner, meta = config.method, config.inner, config.meta
+    belong = {
+        "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
+        "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
+        "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
+        "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum", "inner.learn_momentum"]),
+        "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
+        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
+        "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
+        "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
+        "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
+    }
+    return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
+
+
 def _choices(leaves: dict[str, Any]) -> None:
     for key, allowed in CHOICES.items():
         if leaves[key] not in allowed and not (key == "pretrained.data" and leaves[key] is None):

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from metadist.errors import RunError, UserError
-from metadist.run.folder import RunFolder, cores
+from metadist.run.environment import cores
+from metadist.run.folder import RunFolder
 from metadist.run.signals import SIGNALS, Stop, stop_status
 
 _PR_SET_PDEATHSIG = 1
