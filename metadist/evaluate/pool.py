@@ -70,6 +70,9 @@ def source(config: Config, data: Data) -> Data:
 
 def _train(config: Config, learner: Learner, data: Data) -> Tensor:
     c, split = config.pretrained, source(config, data).train
+    # Minutes may pass before the run's own first line; the process that holds the cache's lock says so, once.
+    name = c.data or config.data.name
+    print(f"training {c.count} networks on {name} for {c.epochs} epochs to start from (kept in {config.cache_dir})", flush=True)
     ids = torch.arange(c.count, device=learner.device)
     return standard(
         learner,
