@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metadist import draw
 from metadist.config import NetConfig
+from metadist.evaluate.train import at_once, in_chunks
 from metadist.metagrad import Batch, Inner, Loss, Optimizer, gradients
 from metadist.metagrad.execution import Captured, accelerate, compiler_at_hand
 from metadist.nets import Learner, build
@@ -135,7 +136,10 @@ def meta_gradient(p: Problem, compile: bool = False, graph: bool = False, form: 
 def training(p: Problem, compile: bool = False, graph: bool = False) -> Work:
     """The engine's training of many networks at once, without gradients; captured whole."""
     inner = Inner(p.loss, p.optimizer, compile=compile)
-    run: Any = lambda theta0, x, y, h: (inner.train(theta0, (x, y), p.order, h),)  # noqa: E731
+    several = at_once(p.learner, p.size.tasks, p.size.batch)
+    run: Any = lambda theta0, x, y, h: (  # noqa: E731
+        in_chunks(lambda theta: inner.train(theta, (x, y), p.order, h), len(theta0), several, theta0),
+    )
     run = Captured(run) if graph else run
     return lambda: run(p.theta0, *p.batches, p.h)
 
