@@ -16,8 +16,8 @@ from torch import Tensor
 from metadist import draw
 from metadist.config import NetConfig
 from metadist.evaluate.train import at_once, in_chunks
-from metadist.metagrad import Batch, Inner, Loss, Optimizer, gradients
-from metadist.metagrad.execution import Captured, accelerate, compiler_at_hand
+from metadist.metagrad import Batch, Inner, Loss, Optimizer
+from metadist.metagrad.execution import Captured, compiler_at_hand
 from metadist.nets import Learner, build
 from metadist.nets.loss import cross_entropy_loss
 
@@ -121,13 +121,12 @@ def problem(size: Size, device: str) -> Problem:
 def meta_gradient(p: Problem, compile: bool = False, graph: bool = False, form: str = "reverse") -> Work:
     """The engine's meta-gradient in images and h, executed as asked; a drawn window is captured step by step, else whole."""
     stepwise = graph and p.size.start > 0
-    inner = Inner(p.loss, p.optimizer, form, compile, stepwise)
-    pull = accelerate(lambda theta, *real: gradients(p.loss, theta, real, shared=False), compile, stepwise)
+    inner = Inner(p.loss, p.optimizer, form, compile, stepwise, judge_group=at_once(p.learner, 0, p.size.real))
 
     def meta_step(theta0: Tensor, x: Tensor, y: Tensor, h: Tensor, *real: Tensor) -> tuple[Tensor, ...]:
         leaves = (x.detach().requires_grad_(), h.detach().requires_grad_())
         theta = inner.unroll(theta0, (leaves[0], y), p.order, leaves[1], start=p.size.start)[0]
-        return torch.autograd.grad(theta, leaves, pull(theta.detach(), *real) / len(theta0))
+        return torch.autograd.grad(inner.judge(theta, real).mean(), leaves)
 
     run: Any = Captured(meta_step) if graph and not stepwise else meta_step
     return lambda: run(p.theta0, *p.batches, p.h, *p.real)

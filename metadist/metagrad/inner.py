@@ -34,6 +34,7 @@ class Inner:
     compile: compile the step and its adjoint with ``torch.compile``.
     graph: capture each of them in a CUDA graph (for runs whose number of steps is drawn; else capture the whole meta-step).
     shared: tasks share their batches ([S, B, ...]) or own them ([G, S, B, ...]).
+    judge_group: tasks whose final losses are taken at once (0: all); a CPU may be faster with 1.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Inner:
         compile: bool = False,
         graph: bool = False,
         shared: bool = True,
+        judge_group: int = 0,
     ) -> None:
         """Keep the pieces; nothing is compiled before the first call. Raises UserError for another form."""
         prepare(form)
         self.loss, self.optimizer, self.form, self.shared, self.compiled = loss, optimizer, form, shared, compile
+        self.judge_group = judge_group
         self._step: Callable[..., State] = execution.accelerate(self.step, compile, graph)
         self._adjoint: Callable[..., Adjoint] = execution.accelerate(self.adjoint, compile, graph)
         self._judge: Callable[..., tuple[Tensor, Tensor]] = execution.accelerate(self._values, compile, graph)
@@ -91,8 +94,10 @@ class Inner:
 
         theta: [G, P]. batch: members [G, R, ...], not differentiated (real data). Value and gradient come in one compiled pass.
         """
-        out: Tensor = _Judge.apply(self, theta, *batch)
-        return out
+        size = self.judge_group or len(theta)
+        pieces = zip(torch.split(theta, size), *(torch.split(b, size) for b in batch), strict=True)
+        values: list[Tensor] = [_Judge.apply(self, *piece) for piece in pieces]
+        return torch.cat(values)
 
     def pick(self, batches: Batch, index: int) -> Batch:
         """Batch ``index`` of stacked batches."""

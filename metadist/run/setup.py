@@ -15,6 +15,7 @@ from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
 from metadist.evaluate.pool import pool
+from metadist.evaluate.train import at_once
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.mixed import Batch, Loss
 from metadist.methods.dd import Distillation
@@ -48,7 +49,8 @@ class Setup:
     def compiled(self, compile: bool) -> Setup:
         """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""
         graph = self.device.type == "cuda" and not self.static
-        inner = Inner(self.inner.loss, self.inner.optimizer, self.config.engine.mixed, compile, graph)
+        old = self.inner
+        inner = Inner(old.loss, old.optimizer, old.form, compile, graph, judge_group=old.judge_group)
         method = methods.build(self.config, self.data, self.synthetic, inner, self.starts)
         return dataclasses.replace(self, inner=inner, method=method)
 
@@ -114,6 +116,7 @@ def build(config: Config, data: Data | None = None, learner: Learner | None = No
     starts = starts_of(config, learner, data, device)
     synthetic = Images(config, len(data.classes), data.train.x.shape[1:], dtype, device)
     loss = with_precision(cross_entropy_loss(learner), config.engine.precision, device)
-    inner = Inner(loss, synthetic.optimizer, config.engine.mixed)
+    alone = at_once(learner, 0, config.real_batch)
+    inner = Inner(loss, synthetic.optimizer, config.engine.mixed, judge_group=alone)
     method = methods.build(config, data, synthetic, inner, starts)
     return Setup(config, device, data, learner, synthetic, starts, inner, method)
