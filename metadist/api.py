@@ -38,7 +38,7 @@ from metadist.run.folder import RunFolder
 from metadist.run.overrides import groups
 from metadist.run.setup import device_of
 from metadist.run.signals import Stop, stop_status
-from metadist.run.sweep import _quoted
+from metadist.run.sweep import quoted
 from metadist.run.worker import execute
 from metadist.synthetic.distilled import DistilledSet, load
 
@@ -142,7 +142,7 @@ def _literal(name: str, value: Any) -> str:
         case numbers.Real():
             return repr(float(value))
         case str() | Path():
-            return _quoted(str(value))
+            return quoted(str(value))
         case list() | tuple():
             return f"[{','.join(_literal(name, v) for v in value)}]"
     raise UserError(f"{name} is given a {type(value).__name__}; allowed: numbers, text, true or false, None, lists, keys")

@@ -136,6 +136,7 @@ class ExchangeConfig:
     name: str = "allreduce"  # allreduce
     backend: str = "auto"  # auto | gloo | nccl
     timeout_s: float = 600.0  # silence after which a worker is given up
+    interface: str | None = None  # network interface the workers of several machines meet on; null: found by itself
 
 
 @dataclass
@@ -153,7 +154,7 @@ class RunConfig:
     """How a run is kept."""
 
     checkpoint_every: int = 100  # meta-steps between checkpoints
-    checkpoint_s: float = 0.0  # and at least every so many seconds; 0: never by time
+    checkpoint_s: float = 300.0  # and at least every so many seconds; 0: never by time
     anchor_every: int = 0  # anchors kept for ever at these steps; 0: none
     keep: int = 3  # newest checkpoints kept
     log_every: int = 10  # meta-steps between lines and scalars
@@ -168,6 +169,32 @@ class LowerBoundConfig:
     samples: int = 64  # N: real examples
     set_sizes: list[int] = field(default_factory=lambda: [1, 4, 8, 12, 15, 16, 20, 32])  # M: distilled examples, each tried
     trials: int = 5  # random problems for every M
+
+
+@dataclass
+class ClusterConfig:
+    """Where launch/slurm.py runs it; there the keys are given without the prefix: nodes=4. The names are submitit's."""
+
+    name: str = "slurm"  # slurm | local: processes on this machine | print: show the batch file, submit nothing
+    nodes: int = 1  # machines
+    tasks_per_node: int = 0  # workers a node; 0: one, or one a GPU
+    gpus_per_node: int = 0  # GPUs a node
+    cpus_per_task: int = 1  # CPU cores, and threads, of a worker
+    mem_gb: float = 0.0  # memory a node in GB; 0: the partition's default
+    timeout_min: int = 60  # time limit in minutes
+    partition: str | None = None  # null: the scheduler's default; so the next four
+    qos: str | None = None  # quality of service
+    account: str | None = None  # who pays
+    constraint: str | None = None  # features a node must have
+    exclude: str | None = None  # nodes not to be used
+    array_parallelism: int = 256  # -m: runs at once
+    signal_delay_s: int = 90  # seconds between the warning signal and the time limit
+    max_num_timeout: int = 3  # requeued so often after a time limit; after a preemption always
+    max_restarts: int = 3  # requeued so often after a worker was killed
+    setup: list[str] = field(default_factory=list)  # shell lines before the workers start
+    additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other option of sbatch, {mail-type: END}
+    check_mount: bool = True  # refuse a run_dir on a mount that other machines can't see
+    wait: bool = False  # stay, show progress, exit with the job's status
 
 
 @dataclass
@@ -186,6 +213,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     lower_bound: LowerBoundConfig = field(default_factory=LowerBoundConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     steps: int = 400  # meta-steps
     tasks: int = 8  # global meta-batch
     ipc: int = 10  # distilled images per class in all
@@ -201,9 +229,12 @@ class Config:
 
 CIRCUMSTANCE = {
     "steps", "run_dir", "workers", "device", "threads", "cache_dir", "run",
-    "data.root", "data.download", "exchange.timeout_s", "exchange.backend",
+    "data.root", "data.download", "exchange.timeout_s", "exchange.backend", "exchange.interface", "cluster",
     "engine.compile", "engine.group", "engine.memory_gb", "eval.chunk", "eval.final_nets",
 }  # fmt: skip
+
+
+FREE = ("net.kwargs", "cluster.additional_parameters")  # leaves that hold keys of their own
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -212,7 +243,7 @@ def flatten(config: Config) -> dict[str, Any]:
     def walk(prefix: str, node: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for k, v in node.items():
-            if isinstance(v, dict) and f"{prefix}{k}" != "net.kwargs":
+            if isinstance(v, dict) and f"{prefix}{k}" not in FREE:
                 out |= walk(f"{prefix}{k}.", v)
             else:
                 out[f"{prefix}{k}"] = v

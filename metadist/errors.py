@@ -14,6 +14,10 @@ class RunError(Exception):
     """A fault met on the way (disk full, worker lost). Exit code 1; nothing on disk is lost."""
 
 
+class Lost(RunError):
+    """Another worker went away: nothing is wrong here, and another try may work."""
+
+
 def unknown(what: str, given: object, allowed: Iterable[str]) -> UserError:
     """The error for a name that is not one of ``allowed``, with the nearest one."""
     names = sorted(allowed)

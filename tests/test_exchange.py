@@ -16,8 +16,7 @@ import torch
 from metadist.config import Config, ExchangeConfig
 from metadist.errors import RunError, UserError
 from metadist.exchange import connect
-from metadist.exchange.allreduce import Alone, share
-from metadist.run.local import _store
+from metadist.exchange.allreduce import Alone, host, share
 
 DEADLINE_S = 60.0  # only reached by a defect
 
@@ -64,7 +63,7 @@ def together(world: int, body: str, timeout_s: float = DEADLINE_S) -> tuple[list
     """Start ``world`` processes that run ``body``; the caller keeps the store until they have ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "safetensors.torch", "metadist.exchange"])
-    store = _store()
+    store = host("127.0.0.1")
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe()
@@ -162,7 +161,7 @@ def test_a_silent_worker_is_given_up_after_the_timeout() -> None:
 def test_a_worker_that_never_comes() -> None:
     """One process of a world of two."""
     context = multiprocessing.get_context("forkserver")
-    store = _store()
+    store = host("127.0.0.1")
     ours, theirs = context.Pipe()
     process = context.Process(target=one_worker, args=(theirs, 1, 2, f"127.0.0.1:{store.port}", 2.0, "steps"), daemon=True)
     process.start()

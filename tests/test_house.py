@@ -14,7 +14,7 @@ from metadist.config import Config, flatten
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "metadist"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FILE_LINES, FUNCTION_LINES = 260, 60
+FILE_LINES, FUNCTION_LINES = 275, 60
 
 # From the ground up: a room imports itself and rooms to its left.
 ROOMS = (

@@ -5,13 +5,14 @@ Design choices
   of workers, uneven shares included, sums the same gradients.
 - The buffer holds the gradient's sum, the loss's sum, the task count, and a stop flag: all workers leave at the same step.
 - Every worker applies the same update to the same state; no parameters travel.
-- The launcher hosts the rendezvous store, workers are its clients. The group stands on a prefix unique to each start, so that a
-  restarted run never meets an older one's keys.
+- The launcher hosts the rendezvous store (on a cluster the first worker does: ``host``), workers are its clients. The group
+  stands on a prefix unique to each start, so that a restarted run never meets an older one's keys.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metadist.config import Config
-from metadist.errors import RunError
+from metadist.errors import Lost
 
 S = TypeVar("S")
 _POLL_S = 0.1
@@ -33,6 +34,18 @@ def share(tasks: int, rank: int, world: int) -> Tensor:
     base, extra = divmod(tasks, world)
     first = rank * base + min(rank, extra)
     return torch.arange(first, first + base + (rank < extra))
+
+
+def host(address: str) -> Any:
+    """A TCPStore in this process; its ``port`` is what the workers need.
+
+    address: of the one interface it listens on. The kernel picks the port: a new one for each start.
+    """
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 class Alone:
@@ -58,7 +71,7 @@ class AllReduce:
     """The exchange of several workers."""
 
     def __init__(self, config: Config, rank: int, world: int, store: str, incarnation: int) -> None:
-        """Join the group. Raises RunError if the others do not come within exchange.timeout_s."""
+        """Join the group. Raises Lost if the others do not come within exchange.timeout_s."""
         self.rank, self.world = rank, world
         backend = config.exchange.backend
         if backend == "auto":
@@ -74,7 +87,7 @@ class AllReduce:
             dist.init_process_group(backend, store=prefixed, rank=rank, world_size=world, timeout=timeout)
             self._store: Any = dist.PrefixStore("close", prefixed)  # type: ignore[attr-defined]
         except (RuntimeError, ValueError) as error:
-            raise RunError(f"worker {rank} could not join the others at {store}: {_first_line(error)}") from error
+            raise Lost(f"worker {rank} could not join the others at {store}: {_first_line(error)}") from error
 
     def step(
         self, state: S, tasks: int, compute: Callable[[S, Tensor], Tensor], apply: Callable[[S, Tensor], S], stop: bool
@@ -85,17 +98,17 @@ class AllReduce:
         return apply(state, buffer[:-1]), bool(buffer[-1] > 0)
 
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce in place. Raises RunError when a worker is lost."""
+        """All-reduce in place. Raises Lost when a worker is lost."""
         try:
             dist.all_reduce(values)
         except RuntimeError as error:
-            raise RunError(
+            raise Lost(
                 f"worker {self.rank} lost another worker ({_first_line(error)}); run the same command again to resume"
             ) from error
         return values
 
     def close(self) -> None:
-        """Leave the group, all together, once rank 0 is done. Raises RunError when the launcher is lost.
+        """Leave the group, all together, once rank 0 is done. Raises Lost when the launcher is lost.
 
         Rank 0 alone writes reports, for as long as that takes: a collective would time out, a key in the store does not.
         """
@@ -107,7 +120,7 @@ class AllReduce:
             while self.rank and not self._store.check(["done"]):
                 time.sleep(_POLL_S)
         except RuntimeError as error:
-            raise RunError(f"worker {self.rank} lost its launcher ({_first_line(error)})") from error
+            raise Lost(f"worker {self.rank} lost its launcher ({_first_line(error)})") from error
         dist.destroy_process_group()
 
 

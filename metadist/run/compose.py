@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -37,6 +37,9 @@ class Schema(Config):
     smoke_overrides: list[str] = field(default_factory=list)
 
 
+Place = Callable[[Config], None]
+
+
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep: its overrides, the swept keys among them with their values, and the Config they make."""
@@ -53,10 +56,11 @@ def _hydra() -> Iterator[GlobalHydra]:
         yield GlobalHydra.instance()
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
+def compose(overrides: Sequence[str] = (), place: Place | None = None) -> Config:
     """The Config of ``preset=mnist_random steps=10 ...``.
 
-    overrides: words of Hydra's grammar, one value each.
+    overrides: words of Hydra's grammar, one value each. place: sets what another machine decides, and judges it; the run is
+    then not for this machine.
     Raises UserError (one line) for an unknown key, option or value, a wrong type, a wrong form, or a Config that
     ``metadist.run.validate`` refuses.
     """
@@ -65,10 +69,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         for override in parsed:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line} lists several values: put -m in front to run each of them")
-        return _config(plain(parsed))
+        return _config(plain(parsed), place=place)
 
 
-def expand(overrides: Sequence[str]) -> list[Point]:
+def expand(overrides: Sequence[str], place: Place | None = None) -> list[Point]:
     """The runs of a sweep, all composed and validated: the product of every ``key=a,b`` in the order given.
 
     Raises UserError as ``compose`` does, before any of them starts.
@@ -81,23 +85,25 @@ def expand(overrides: Sequence[str]) -> list[Point]:
         for override, found in zip(swept, values):
             if not found:
                 raise UserError(f"{override.input_line} names no value; list them: {override.get_key_element()}=a,b")
-        return [_point(fixed, swept, chosen) for chosen in itertools.product(*values)]
+        return [_point(fixed, swept, chosen, place) for chosen in itertools.product(*values)]
 
 
-def _point(fixed: Sequence[Override], swept: Sequence[Override], values: Sequence[str]) -> Point:
+def _point(fixed: Sequence[Override], swept: Sequence[Override], values: Sequence[str], place: Place | None) -> Point:
     chosen = {o.get_key_element(): v for o, v in zip(swept, values)}
     words = [str(o.input_line) for o in fixed] + [f"{k}={v}" for k, v in chosen.items()]
     # What one run of a sweep does not read, another may.
-    return Point(tuple(words), chosen, _config(plain(parse(words)), strict=not swept))
+    return Point(tuple(words), chosen, _config(plain(parse(words)), not swept, place))
 
 
-def _config(words: list[str], strict: bool = True) -> Config:
+def _config(words: list[str], strict: bool = True, place: Place | None = None) -> Config:
     schema = _compose(words)
     if schema.smoke:
         schema = _compose([*schema.smoke_overrides, *words])
     config = Config(**{f.name: getattr(schema, f.name) for f in dataclasses.fields(Config)})
-    validate(config)
-    ignored = unread(config) if strict else {}
+    if place is not None:
+        place(config)
+    validate(config, here=place is None)
+    ignored = unread(config, slurm=place is not None) if strict else {}
     for key in (word.lstrip("+").partition("=")[0] for word in words):
         if key in ignored:
             raise UserError(f"{key} is not read by this run: it belongs to {ignored[key]}; leave it out, or give that as well")

@@ -27,7 +27,7 @@ from typing import Any, get_type_hints
 
 from metadist.config import Config, default_run_dir, identity
 from metadist.errors import RunError, UserError
-from metadist.run.environment import environment
+from metadist.run.environment import changed_code, environment, packages
 from metadist.store import Checkpoints, atomic_write, claim, clean, disk_error
 
 _POLL_S = 0.05
@@ -102,6 +102,14 @@ class RunFolder:
 
         Raises UserError if the folder holds another identity (the differing keys are listed) or can't be made.
         """
+        folder = cls.prepare(config)
+        if folder.finished is None:
+            folder._start()
+        return folder
+
+    @classmethod
+    def prepare(cls, config: Config) -> RunFolder:
+        """Make the folder of ``config``, or check that it is this run's, and start nothing. Raises UserError as ``open``."""
         path = Path(config.run_dir or default_run_dir(config)).expanduser().absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -111,10 +119,7 @@ class RunFolder:
         config = dataclasses.replace(copy.deepcopy(config), run_dir=str(path))
         _write_first(path / "config.json", _dump(dataclasses.asdict(config)))
         _check_identity(path, config)
-        folder = cls(path, config, 0, False)
-        if folder.finished is None:
-            folder._start()
-        return folder
+        return cls(path, config, 0, False)
 
     @classmethod
     def attach(cls, path: str | Path, incarnation: int = 0, rank: int | None = None) -> RunFolder:
@@ -130,13 +135,20 @@ class RunFolder:
 
     def _start(self) -> None:
         self.incarnation, self.writes = claim(self.path), True
-        record = {"config": dataclasses.asdict(self.config), "environment": environment()}
+        record = {"config": dataclasses.asdict(self.config), "environment": environment(), "packages": packages()}
+        if changes := changed_code():
+            atomic_write(self.path / "starts" / f"{self.incarnation:04d}.diff", changes)
         atomic_write(self.path / "starts" / f"{self.incarnation:04d}.json", _dump(record))
-        if _read(self.path / "config.json") != json.loads(_dump(record["config"])):
-            atomic_write(self.path / "config.json", _dump(record["config"]))
+        self.write_config()
+
+    def write_config(self) -> None:
+        """Record the configuration with its present circumstances: what the next start of this folder reads."""
         from omegaconf import OmegaConf
 
-        atomic_write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record["config"])).encode())
+        record = dataclasses.asdict(self.config)
+        if _read(self.path / "config.json") != json.loads(_dump(record)):
+            atomic_write(self.path / "config.json", _dump(record))
+        atomic_write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(record)).encode())
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:

@@ -51,7 +51,13 @@ def header(group: str, option: str) -> dict[str, str]:
 def help_text() -> str:
     """The whole help, ready to print."""
     parts = [USAGE]
-    for group, title in (("method", "methods"), ("data", "data sets"), ("net", "networks"), ("exchange", "exchanges")):
+    for group, title in (
+        ("method", "methods"),
+        ("data", "data sets"),
+        ("net", "networks"),
+        ("exchange", "exchanges"),
+        ("cluster", "places for launch/slurm.py"),
+    ):
         width = max(len(o) for o in groups()[group])
         lines = [f"  {o.ljust(width)}  {header(group, o)['title']}" for o in groups()[group]]
         parts.append("\n".join([f"{title} ({group}=...)", *lines]))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metadist.config import is_circumstance
+from metadist.config import FREE, is_circumstance
 from metadist.errors import UserError
 from metadist.run.table import table
 
@@ -95,7 +95,7 @@ def _part(node: dict[str, Any], key: str) -> dict[str, Any]:
 def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in node.items():
-        nested = isinstance(value, dict) and f"{prefix}{key}" != "net.kwargs"
+        nested = isinstance(value, dict) and f"{prefix}{key}" not in FREE
         out |= _leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return out
 

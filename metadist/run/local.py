@@ -83,7 +83,9 @@ def launch(folder: RunFolder, command: list[str] | None = None) -> int:
         for rank in ranks:
             rank.process.kill()
 
-    store = _store()
+    from metadist.exchange.allreduce import host
+
+    store = host("127.0.0.1")
     count = threads(folder, folder.config.workers)
     with Stop(on_request=forward, on_abort=kill) as stop:
         try:
@@ -98,15 +100,6 @@ def launch(folder: RunFolder, command: list[str] | None = None) -> int:
             codes = [rank.process.wait() for rank in ranks]
     failed = [rank for rank in ranks if rank.failed]
     return _verdict(failed, folder) if failed else max(codes)
-
-
-def _store() -> Any:
-    """A TCPStore in this process, listening on loopback only; its ``port`` is what the ranks need."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def _environment(number: int, folder: RunFolder, store: str, count: int, fault: int) -> dict[str, str]:

@@ -10,6 +10,8 @@ Design choices
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from metadist.errors import unknown
 from metadist.run.cost import duration
-from metadist.store import disk_error
+from metadist.store import atomic_write, disk_error
 
 NAMES: dict[str, str] = {
     "meta_loss": "cross-entropy on real data after training on the distilled images, mean over the step's tasks",
@@ -40,6 +42,8 @@ NAMES: dict[str, str] = {
     "images": "the distilled images as one grid, a row per inner step or class",
 }
 
+
+PUBLISH_S = 2.0
 
 # TensorBoard shows a row of cards for each prefix; a name with a slash is its own.
 ROWS: dict[str, tuple[str, ...]] = {
@@ -73,6 +77,7 @@ class Monitor:
         self._dir = None if run_dir is None else Path(run_dir)
         self._total, self._start, self._since = total_steps, start_step, time.monotonic()
         self._valid: float | None = None
+        self._published, self._incarnation = -math.inf, incarnation
         self._bar: Any = None
         if self._dir is None:
             return
@@ -147,6 +152,7 @@ class Monitor:
 
     def _show(self, step: int, values: dict[str, float]) -> None:
         line = self._line(step, values)
+        self._publish(step)
         if self._bar is None:
             self.say(line)
             return
@@ -157,6 +163,21 @@ class Monitor:
         self._bar.set_postfix(shown, refresh=False)
         self.advance(step)
 
+    def _left(self, step: int) -> float | None:
+        """Seconds to the end at the pace so far, evaluations and checkpoints included; None before the first step."""
+        done = step - self._start
+        return (time.monotonic() - self._since) / done * (self._total - step) if done > 0 else None
+
+    def _publish(self, step: int) -> None:
+        """For `launch/status.py`: how far this start is, in a file of its own, at most every PUBLISH_S seconds."""
+        if self._dir is None or (time.monotonic() - self._published < PUBLISH_S and step < self._total):
+            return
+        self._published = time.monotonic()
+        record = {"step": step, "steps": self._total, "left_s": self._left(step), "valid_accuracy": None, "time": time.time()}
+        if self._valid is not None:
+            record["valid_accuracy"] = self._valid / 100
+        atomic_write(self._dir / "progress" / f"{self._incarnation:04d}.json", json.dumps(record).encode())
+
     def _line(self, step: int, values: dict[str, float]) -> str:
         parts = [f"step {step}/{self._total}", f"loss {values['meta_loss']:.3f}"]
         if "grad_norm" in values:
@@ -165,9 +186,8 @@ class Monitor:
             parts.append(f"valid {self._valid:.1f}")
         if "step_s" in values:
             parts.append(f"{values['step_s']:.3g} s/step")
-        if step > self._start:
-            each = (time.monotonic() - self._since) / (step - self._start)  # evaluations and checkpoints included
-            parts.append(f"left {duration(each * (self._total - step))}")
+        if (left := self._left(step)) is not None:
+            parts.append(f"left {duration(left)}")
         bad = [f"{k} {values[k]:.0f}" for k in ("skipped", "rollbacks") if values.get(k)]
         return "  ".join(parts + bad)
 

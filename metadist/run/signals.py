@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,11 +35,19 @@ class Stop:
 
     on_request: called once, in the reading thread, with the number of the first signal.
     on_abort: called before a second SIGINT ends this process with status 130.
+    at_once: called with the name of the first signal, outside of ``agreeing``: there is nothing to save that is not saved, and
+    nothing is lost by ending there and then. Without it such a request waits, too.
     Outside the main thread (where Python allows no handlers) it only carries requests made by ``request``.
     """
 
-    def __init__(self, on_request: Callable[[int], None] | None = None, on_abort: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_request: Callable[[int], None] | None = None,
+        on_abort: Callable[[], None] | None = None,
+        at_once: Callable[[str], None] | None = None,
+    ) -> None:
         """Nothing is installed before the block is entered."""
+        self._at_once, self._agreeing = at_once, False
         self.requested: str | None = None  # name of the first signal
         self._on_request, self._on_abort = on_request, on_abort
         self._interrupts = 0
@@ -50,6 +59,17 @@ class Stop:
             self.requested = name
             if self._on_request is not None:
                 self._on_request(signal.Signals[name])
+            if self._at_once is not None and not self._agreeing:
+                self._at_once(name)
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """A stretch of work whose end all workers agree on: a request only sets ``requested``."""
+        self._agreeing = True
+        try:
+            yield
+        finally:
+            self._agreeing = False
 
     def __enter__(self) -> Stop:
         """Install the handlers."""

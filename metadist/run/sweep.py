@@ -49,11 +49,11 @@ def jobs(points: Sequence[Point]) -> list[Job]:
             name = "_".join(f"{k}-{v}" for k, v in point.swept.items() if k != "run_dir")
             place = f"{place}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
         words = [w for w in point.overrides if not w.startswith("run_dir=")]
-        out.append(Job((*words, f"run_dir={_quoted(place)}"), point.swept, place))
+        out.append(Job((*words, f"run_dir={quoted(place)}"), point.swept, place))
     return out
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A value that Hydra's grammar reads as this text: backslashes count only before a quote, and are doubled there."""
     inner = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{inner}'"

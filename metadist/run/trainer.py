@@ -51,7 +51,8 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
     try:
         trainer.prepare()
         trainer.monitor.begin()
-        stopped = trainer.loop(stop)
+        with stop.agreeing():
+            stopped = trainer.loop(stop)
         minutes = trainer.minutes_before + (time.monotonic() - began) / 60
         if stopped is not None:
             return {"steps": state.step, "stopped": stopped}

@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "exchange.name": ("allreduce",),
     "exchange.backend": ("auto", "gloo", "nccl"),
     "device": ("auto", "cpu", "cuda"),
+    "cluster.name": ("slurm", "local", "print"),
 }
 
 AT_LEAST_1 = (
@@ -63,11 +64,13 @@ AT_LEAST_1 = (
     "eval.every", "eval.nets", "eval.final_nets", "eval.chunk",
     "run.checkpoint_every", "run.keep", "run.log_every", "run.image_every", "data.size",
     "lower_bound.dimension", "lower_bound.samples", "lower_bound.trials",
+    "cluster.nodes", "cluster.cpus_per_task", "cluster.timeout_min", "cluster.array_parallelism", "cluster.signal_delay_s",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
     "meta.horizon", "meta.clip", "meta.max_rollbacks", "engine.group", "run.checkpoint_s", "run.anchor_every", "net.width",
-    "net.depth", "data.split_seed",
+    "net.depth", "data.split_seed", "cluster.tasks_per_node", "cluster.gpus_per_node", "cluster.mem_gb",
+    "cluster.max_num_timeout", "cluster.max_restarts",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
@@ -85,8 +88,11 @@ RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 }
 
 
-def validate(config: Config) -> None:
-    """Raise UserError for the first thing wrong with ``config`` that can be told without data."""
+def validate(config: Config, here: bool = True) -> None:
+    """Raise UserError for the first thing wrong with ``config`` that can be told without data.
+
+    here: the run is for this machine, so what it lacks matters.
+    """
     leaves = flatten(config)
     _choices(leaves)
     _ranges(leaves)
@@ -95,6 +101,8 @@ def validate(config: Config) -> None:
     _data_and_net(config)
     _meta(config)
     _machine(config)
+    if here:
+        _gpu(config)
 
 
 def validate_with_data(config: Config, classes: int) -> None:
@@ -110,7 +118,7 @@ def validate_with_data(config: Config, classes: int) -> None:
             raise UserError(f"method.{key}={given} is no class of data={config.data.name}; allowed: 0 to {classes - 1}")
 
 
-def unread(config: Config) -> dict[str, str]:
+def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
     belong = {
@@ -122,9 +130,13 @@ def unread(config: Config) -> dict[str, str]:
         "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
         "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
         "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
+        "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
         "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
     }
     return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
+
+
+INTERFACE = ("exchange.interface",)  # on one machine the workers meet on loopback
 
 
 def _choices(leaves: dict[str, Any]) -> None:
@@ -221,12 +233,11 @@ def _machine(config: Config) -> None:
                         f"give workers 1 to {config.tasks}, or more tasks")  # fmt: skip
     if engine.dtype == "float64" and engine.precision != "fp32":
         raise UserError(f"engine.precision={engine.precision} is for engine.dtype=float32; float64 is exact, use fp32")
-    if config.device == "auto" and engine.precision == "fp32" and config.exchange.backend != "nccl":
-        return  # nothing depends on whether a GPU is there: spare the import of torch
-    _gpu(config)
 
 
 def _gpu(config: Config) -> None:
+    if config.device == "auto" and config.engine.precision == "fp32" and config.exchange.backend != "nccl":
+        return  # nothing depends on whether a GPU is there: spare the import of torch
     import torch
 
     gpu = torch.cuda.is_available()

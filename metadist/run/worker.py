@@ -79,13 +79,15 @@ def threads(folder: RunFolder, world: int) -> int:
     return folder.config.threads or int(folder.resolve(f"threads-{world}", lambda: max(1, cores() // world)))
 
 
-def execute(folder: RunFolder, rank: int, world: int, store: str | None, stop: Stop, body: Body = train_rank) -> int:
-    """Run ``body`` with the run's thread count, print its outcome at rank 0, return the exit status.
+def execute(
+    folder: RunFolder, rank: int, world: int, store: str | None, stop: Stop, body: Body = train_rank, count: int = 0
+) -> int:
+    """Run ``body`` with ``count`` threads (0: the run's own number), print its outcome at rank 0, return the exit status.
 
     0: finished; 128 + number: stopped by that signal with a checkpoint (the summary's "stopped" names it, "steps" says where).
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads(folder, world))
+    torch.set_num_threads(count or threads(folder, world))
     try:
         summary = body(folder, rank, world, store, stop)
     finally:

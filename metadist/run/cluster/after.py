@@ -1,0 +1,129 @@
+"""The last line of the batch script: what becomes of a job whose ranks have ended.
+
+    python -m metadist.run.cluster.after <srun's exit status> <run folder, or a sweep's folder>
+
+Design choices
+- It stands outside of the ranks, so it is there when all of them were killed at once.
+- Stopped with a checkpoint by a preemption or the time limit: requeued. A worker killed or lost: requeued, at most max_restarts
+  times. A mistake or a fault that would come again: not.
+- scancel and `scontrol requeue` kill the batch script itself: nothing here can resurrect what a person ended.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from metadist.config import ClusterConfig
+from metadist.run.cluster import scheduler
+from metadist.run.cluster.record import (
+    FAILED,
+    FINISHED,
+    LOST,
+    LOST_STATUS,
+    REFUSED,
+    Slot,
+    end_path,
+    ends,
+    folder_of,
+    read,
+    verdict,
+    write,
+)
+
+_KILLED_SOON_S = 60.0  # SLURM ends a requeued job's batch script itself
+
+
+def main(argv: list[str]) -> int:
+    """Record how this start ended, requeue the job if it shall go on; returns the job's exit status."""
+    status, place = int(argv[0]), Path(argv[1])
+    slot, run_dir = Slot.here(), folder_of(place)
+    incarnation = read(slot.meet(run_dir)).get("incarnation")
+    if incarnation is None:
+        return _never_began(run_dir, status)
+    end = _end(run_dir, slot, incarnation, status)
+    if end["reason"] in (FINISHED, REFUSED, FAILED):
+        _compare(place)
+        return int(end["status"])
+    again, text = _decide(run_dir, slot, end)
+    if not again:
+        print(f"{text}; resume with: sbatch {place / 'cluster' / 'batch.sh'}", flush=True)
+        return int(end["status"])
+    print(f"{text} from step {end['step']}", flush=True)
+    return _requeue(run_dir, slot, place, int(end["status"]))
+
+
+def _end(run_dir: Path, slot: Slot, incarnation: int, status: int) -> dict[str, Any]:
+    """How this start ended: as rank 0 recorded it, else as the ranks' faults and srun's status tell."""
+    path = end_path(run_dir, incarnation)
+    end = read(path)
+    if not end and incarnation:
+        end = {**_reason(run_dir, slot, status), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
+        write(path, {**end, "time": time.time()})
+    return end or {"reason": FINISHED if status == 0 else FAILED, "status": status, "step": newest_step(run_dir)}
+
+
+def _reason(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
+    if status == 0:
+        return {"reason": FINISHED, "status": 0}
+    faults = [read(p) for p in sorted(slot.fault(run_dir, 0).parent.glob(slot.fault(run_dir, "*").name))]
+    hard = sorted((f for f in faults if f and not f["lost"]), key=lambda f: f["time"])
+    if hard:
+        print(hard[0]["text"], file=sys.stderr, flush=True)
+        return {"reason": REFUSED if hard[0]["status"] == 2 else FAILED, "status": hard[0]["status"]}
+    if status > 128 or status == LOST_STATUS or any(faults):
+        return {"reason": LOST, "status": 1}
+    return {"reason": FAILED, "status": status}
+
+
+def _decide(run_dir: Path, slot: Slot, end: dict[str, Any]) -> tuple[bool, str]:
+    cluster = _limits(run_dir)
+    own = [e for e in ends(run_dir, slot.job) if e.get("start", 0) != slot.start]
+    return verdict(end["reason"], own, cluster.max_num_timeout, cluster.max_restarts)
+
+
+def _limits(run_dir: Path) -> ClusterConfig:
+    return ClusterConfig(**read(run_dir / "config.json")["cluster"])
+
+
+def _requeue(run_dir: Path, slot: Slot, place: Path, status: int) -> int:
+    if trouble := scheduler.requeue(slot.raw_job, max(10.0, 0.5 * _limits(run_dir).signal_delay_s)):
+        print(f"error: SLURM refused to requeue it ({trouble}); resume with: sbatch {place / 'cluster' / 'batch.sh'}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return 1
+    time.sleep(_KILLED_SOON_S)
+    return status
+
+
+def _never_began(run_dir: Path, status: int) -> int:
+    """The ranks ended before rank 0 had claimed a start."""
+    slot = Slot.here()
+    faults = [read(p) for p in sorted((run_dir / "cluster").glob(slot.fault(run_dir, "*").name))]
+    if hard := [f for f in faults if f and not f["lost"]]:
+        print(hard[0]["text"], file=sys.stderr, flush=True)
+        return int(hard[0]["status"])
+    print(f"error: the job ended before its workers had begun (status {status}): every node must see run_dir={run_dir} and "
+          f"this Python ({sys.executable}); nodes {os.environ.get('SLURM_JOB_NODELIST', '')}",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return status or 1
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint by its name: nothing heavy is imported here."""
+    names = (p.name.split(".")[0].removeprefix("step-") for p in (run_dir / "checkpoints").glob("step-*.safetensors"))
+    return max((int(n) for n in names if n.isdigit()), default=0)
+
+
+def _compare(place: Path) -> None:
+    """In a sweep, renew its table: the last element to end leaves the whole of it."""
+    if (place / "sweep.json").exists():
+        from metadist.run.cluster.sweep import write_table
+
+        write_table(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
