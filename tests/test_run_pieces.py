@@ -298,6 +298,17 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "log.txt").read_text().startswith("step 8/10  loss 0.250  valid 50.0")
 
 
+def test_progress_is_published_for_other_programs(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, 10, 40, incarnation=3)
+    monitor.log(20, {"meta_loss": 1.0, "valid_accuracy": 62.5})
+    found = json.loads((tmp_path / "progress" / "0003.json").read_text())
+    assert (found["step"], found["steps"], found["valid_accuracy"]) == (20, 40, 0.625)
+    assert found["left_s"] >= 0 and abs(found["time"] - time.time()) < 60
+    monitor.log(21, {"meta_loss": 1.0})  # too soon after the last
+    monitor.close()
+    assert json.loads((tmp_path / "progress" / "0003.json").read_text()) == found
+
+
 # --- signals
 
 
@@ -315,6 +326,20 @@ def test_the_first_signal_is_the_request_and_handlers_come_back() -> None:
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == before
     assert signal.set_wakeup_fd(-1) == -1
     assert [stop_status(s) for s in ("SIGINT", "SIGTERM", "SIGUSR2")] == [130, 143, 140]
+
+
+def test_where_nothing_is_to_be_saved_a_request_ends_at_once() -> None:
+    heard: list[str] = []
+    with Stop(at_once=heard.append) as stop, stop.agreeing():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        until(lambda: stop.requested)
+        assert heard == []  # the loop agrees on its end
+    with Stop(at_once=heard.append) as stop:
+        with stop.agreeing():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: heard)
+    assert heard == ["SIGTERM"]
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:

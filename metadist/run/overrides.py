@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
-from metadist.config import Config
+from metadist.config import FREE, Config
 from metadist.errors import UserError, unknown
 
 KINDS = {
@@ -111,7 +111,7 @@ def _check(override: Override) -> None:
         raise UserError(f"{line}: an interval names no values; list them, or use range(a,b,step)")
     if key in groups():
         return _check_option(override)
-    if not (key in keys() or key.startswith("net.kwargs.")):
+    if not (key in keys() or _free(key)):
         inside = [k for k in keys() if k.startswith(f"{key}.")]
         near = inside[:6] if inside else nearest(key)
         what = f"{line}: {key} is a section, not a key" if inside else f"{line}: there is no key {key!r}"
@@ -138,7 +138,12 @@ def _values(override: Override) -> list[str]:
     return [value.text if isinstance(value, QuotedString) else str(value)]
 
 
+def _free(key: str) -> bool:
+    """Whether it is inside of a leaf that holds keys of its own."""
+    return any(key.startswith(f"{leaf}.") for leaf in FREE)
+
+
 def plain(overrides: Sequence[Override]) -> list[str]:
-    """The words as Hydra's compose takes them: free keys of net.kwargs may be new, preset=null is left out."""
+    """The words as Hydra's compose takes them: keys inside a free leaf may be new, preset=null is left out."""
     lines = [(o, str(o.input_line)) for o in overrides if not (o.key_or_group == "preset" and o.value() is None)]
-    return [f"++{line}" if o.key_or_group.startswith("net.kwargs.") else line for o, line in lines]
+    return [f"++{line}" if o.key_or_group in FREE or _free(o.key_or_group) else line for o, line in lines]

@@ -279,8 +279,8 @@ def test_bad_input_submits_nothing(launch: Launcher, cluster: Cluster) -> None:
     cases = {
         "partition=gpu": "partition=gpu is unknown (allowed: high, main)",
         "nodes=9": "workers=9 is more than tasks=4",
-        "account=nobody qos=none": "SLURM refused the job and nothing was submitted",
-        "nodes=5 tasks=8": "SLURM refused the job and nothing was submitted",
+        "constraint=none": "SLURM refused the job and nothing was submitted",
+        "gpus_per_node=3 tasks=8": "SLURM refused the job and nothing was submitted",
     }
     for words, text in cases.items():
         done = launch(*SMALL, *words.split(), "run_dir=bad", check=False)
@@ -298,7 +298,7 @@ def test_a_run_folder_that_a_node_cannot_see(launch: Launcher, cluster: Cluster,
     cluster.hide(node, launch.place / "hidden")
     done = launch(*FOUR, *SMALL, "run_dir=hidden/run", "wait=true", check=False)
     assert done.returncode not in (0, 2)
-    lines = [line for line in done.stderr.splitlines() + done.stdout.splitlines() if "see run_dir=" in line]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "see run_dir=" in line]
     assert len(lines) == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 

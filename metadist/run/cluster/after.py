@@ -12,6 +12,7 @@ Design choices
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,9 +32,11 @@ from metadist.run.cluster.record import (
     folder_of,
     read,
     verdict,
+    why,
     write,
 )
 
+WARNED = 128 + signal.SIGUSR2
 _KILLED_SOON_S = 60.0  # SLURM ends a requeued job's batch script itself
 
 
@@ -41,10 +44,9 @@ def main(argv: list[str]) -> int:
     """Record how this start ended, requeue the job if it shall go on; returns the job's exit status."""
     status, place = int(argv[0]), Path(argv[1])
     slot, run_dir = Slot.here(), folder_of(place)
-    incarnation = read(slot.meet(run_dir)).get("incarnation")
-    if incarnation is None:
-        return _never_began(run_dir, status)
-    end = _end(run_dir, slot, incarnation, status)
+    if not (run_dir / "config.json").exists():
+        return _unseen(run_dir, status)
+    end = _end(run_dir, slot, status)
     if end["reason"] in (FINISHED, REFUSED, FAILED):
         _compare(place)
         return int(end["status"])
@@ -56,17 +58,20 @@ def main(argv: list[str]) -> int:
     return _requeue(run_dir, slot, place, int(end["status"]))
 
 
-def _end(run_dir: Path, slot: Slot, incarnation: int, status: int) -> dict[str, Any]:
-    """How this start ended: as rank 0 recorded it, else as the ranks' faults and srun's status tell."""
-    path = end_path(run_dir, incarnation)
-    end = read(path)
-    if not end and incarnation:
-        end = {**_reason(run_dir, slot, status), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
+def _end(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
+    """How this start ended: as rank 0 recorded it, else as the ranks' faults, srun's status and the scheduler tell."""
+    incarnation = read(slot.meet(run_dir)).get("incarnation")
+    path = end_path(run_dir, incarnation or 0, "" if incarnation else f"-{slot.job}-{slot.start}")
+    if end := read(path):
+        return end
+    began = incarnation is not None
+    end = {**_reason(run_dir, slot, status, began), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
+    if incarnation != 0:  # 0: there was nothing left to do
         write(path, {**end, "time": time.time()})
-    return end or {"reason": FINISHED if status == 0 else FAILED, "status": status, "step": newest_step(run_dir)}
+    return end
 
 
-def _reason(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
+def _reason(run_dir: Path, slot: Slot, status: int, began: bool) -> dict[str, Any]:
     if status == 0:
         return {"reason": FINISHED, "status": 0}
     faults = [read(p) for p in sorted(slot.fault(run_dir, 0).parent.glob(slot.fault(run_dir, "*").name))]
@@ -74,8 +79,13 @@ def _reason(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
     if hard:
         print(hard[0]["text"], file=sys.stderr, flush=True)
         return {"reason": REFUSED if hard[0]["status"] == 2 else FAILED, "status": hard[0]["status"]}
+    if status == WARNED:  # before rank 0 could listen
+        seen = scheduler.ask(slot.raw_job)
+        return {"reason": why("SIGUSR2", seen, slot.start, _limits(run_dir).signal_delay_s), "status": status}
     if status > 128 or status == LOST_STATUS or any(faults):
         return {"reason": LOST, "status": 1}
+    if not began:
+        _unseen(run_dir, status)
     return {"reason": FAILED, "status": status}
 
 
@@ -98,13 +108,8 @@ def _requeue(run_dir: Path, slot: Slot, place: Path, status: int) -> int:
     return status
 
 
-def _never_began(run_dir: Path, status: int) -> int:
-    """The ranks ended before rank 0 had claimed a start."""
-    slot = Slot.here()
-    faults = [read(p) for p in sorted((run_dir / "cluster").glob(slot.fault(run_dir, "*").name))]
-    if hard := [f for f in faults if f and not f["lost"]]:
-        print(hard[0]["text"], file=sys.stderr, flush=True)
-        return int(hard[0]["status"])
+def _unseen(run_dir: Path, status: int) -> int:
+    """The workers ended before the first of them could claim a start."""
     print(f"error: the job ended before its workers had begun (status {status}): every node must see run_dir={run_dir} and "
           f"this Python ({sys.executable}); nodes {os.environ.get('SLURM_JOB_NODELIST', '')}",
           file=sys.stderr, flush=True)  # fmt: skip

@@ -93,13 +93,25 @@ def parameters(place: Path, cluster: ClusterConfig) -> dict[str, Any]:
         "mem": f"{round(1024 * cluster.mem_gb)}MB" if cluster.mem_gb else None,
         "signal_delay_s": cluster.signal_delay_s,
         "array_parallelism": cluster.array_parallelism,
-        "setup": [*([f"export PYTHONPATH={shlex.quote(path)}"] if path else []), *cluster.setup],
+        "setup": [*([f"export PYTHONPATH={shlex.quote(path)}"] if path else []), *cluster.setup, *visible(place)],
         # A task that fails ends the others; srun has not taken cpus_per_task from sbatch since SLURM 22.05.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
         "teardown": [f"{after} $? {shlex.quote(str(place))}", "exit $?"],
         "additional_parameters": {"requeue": True, "chdir": str(Path.cwd()), **cluster.additional_parameters},
     }
     return {k: v for k, v in given.items() if v is not None}
+
+
+def visible(place: Path) -> list[str]:
+    """Shell lines that end the job, before its workers start, if a node can't see the run folder.
+
+    Such a node can't open its worker's log either: srun would leave the others waiting for it.
+    """
+    probe = 'test -d "$0" || echo "$SLURMD_NODENAME"'
+    look = f"srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 bash -c {shlex.quote(probe)}"
+    where = shlex.quote(str(place))
+    say = f'echo "error: "$blind" can not see run_dir="{where}"; give one on a file system that all nodes share" >&2'
+    return [f"blind=$({look} {shlex.quote(str(place / LOGS))})", f'if [ -n "$blind" ]; then {say}; exit 1; fi']
 
 
 def tasks_per_node(cluster: ClusterConfig) -> int:

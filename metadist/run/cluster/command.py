@@ -36,7 +36,7 @@ FLAGS = ("-h", "--help", "-m", "--multirun")
 
 def translated(words: Sequence[str]) -> list[str]:
     """nodes=4 -> cluster.nodes=4."""
-    return [f"cluster.{word}" if word.partition("=")[0].lstrip("+") in OWN else word for word in words]
+    return [f"cluster.{word}" if word.partition("=")[0].partition(".")[0] in OWN else word for word in words]
 
 
 def place_workers(words: Sequence[str]) -> Callable[[Config], None]:
@@ -126,28 +126,29 @@ def _sweep(words: Sequence[str]) -> int:
     cluster = points[0].config.cluster
     if cluster.name == "local":
         return _local(["-m", *words], points[0].config)
-    if cluster.name == "slurm":
-        _ready(cluster)
-        for point in points:
-            precheck(point.config)
-    if cluster.check_mount and cluster.name == "slurm":
-        refuse_local(Path.cwd() / "runs")
-    place, folders = sweep.plan(points)
-    executor = Executor(place, cluster, len(folders))
+    place, todo = sweep.plan(points)
+    executor = Executor(place, cluster, len(todo))
     if cluster.name == "print":
         sys.stdout.write(executor.text)
         return 0
+    _ready(cluster)
+    for where in {place, *(Path(job.run_dir) for job in todo)} if cluster.check_mount else ():
+        refuse_local(where)
+    for point in points:
+        precheck(point.config)
+    for job in todo:
+        _free(Path(job.run_dir))
+    folders = sweep.make(place, points, todo)
     for folder in folders:
-        _free(folder.path)
         folder.write_config()
-    job = executor.send()
+    number = executor.send()
     for i, folder in enumerate(folders):
-        record.write(folder.path / LOGS / "job.json", {"job": f"{job}_{i}", "cluster": "slurm", "sweep": str(place)})
-    _sheet(job, place, ["-m", *words])
+        record.write(folder.path / LOGS / "job.json", {"job": f"{number}_{i}", "cluster": "slurm", "sweep": str(place)})
+    _sheet(number, place, ["-m", *words])
     if not cluster.wait:
         print(f"  table          python launch/status.py run={place}; at the end also {place / 'table.txt'}")
         return 0
-    status = _wait([(f"{job}_{i}", folder.path, place / LOGS) for i, folder in enumerate(folders)])
+    status = _wait([(f"{number}_{i}", folder.path, place / LOGS) for i, folder in enumerate(folders)])
     print(f"\n{sweep.text(place)}")
     return status
 

@@ -34,12 +34,12 @@ def main(argv: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     slot = Slot.here()
     run_dir = folder_of(Path(argv[0]))
-    with Stop(at_once=lambda name: os._exit(_stopped(run_dir, slot, name))) as stop:
+    with Stop(at_once=lambda name: _leave_at_once(run_dir, slot, name)) as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             return _run(run_dir, slot, stop)
         except Exception as e:
-            return _fault(run_dir, slot, e)
+            return _fault(run_dir, slot, e, stop.requested)
 
 
 def _run(run_dir: Path, slot: Slot, stop: Stop) -> int:
@@ -124,6 +124,15 @@ def _again(folder: Any) -> int:
     return 0
 
 
+def _leave_at_once(run_dir: Path, slot: Slot, name: str) -> None:
+    """In the thread that heard the signal: the main thread may be busy importing, compiling, or judging."""
+    status = stop_status(name)
+    try:
+        status = _stopped(run_dir, slot, name)
+    finally:
+        os._exit(status if slot.rank == 0 else 0)
+
+
 def _stopped(run_dir: Path, slot: Slot, name: str) -> int:
     """Rank 0 records why the run was told to stop; the status this rank leaves with."""
     if slot.rank:
@@ -148,12 +157,14 @@ def _stopped(run_dir: Path, slot: Slot, name: str) -> int:
     return status
 
 
-def _fault(run_dir: Path, slot: Slot, error: Exception) -> int:
+def _fault(run_dir: Path, slot: Slot, error: Exception, told: str | None) -> int:
     from metadist.errors import Lost
     from metadist.run.worker import describe
 
-    status, text = describe(error)
     lost = isinstance(error, Lost)
+    if lost and told is not None:  # the other one left before this one had come to the step on which all agree
+        return _stopped(run_dir, slot, told)
+    status, text = describe(error)
     print(text, file=sys.stderr, flush=True)
     record = {"time": time.time(), "status": status, "text": text[-4000:], "lost": lost}
     try:

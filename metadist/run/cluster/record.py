@@ -85,9 +85,9 @@ class Slot:
         return run_dir / "cluster" / f"fault-{self.job}-{self.start}-{rank}.json"
 
 
-def end_path(run_dir: Path, incarnation: int) -> Path:
-    """How a start ended."""
-    return run_dir / "ends" / f"{incarnation:04d}.json"
+def end_path(run_dir: Path, incarnation: int, suffix: str = "") -> Path:
+    """How a start ended; with a suffix, one that ended before it had claimed an incarnation."""
+    return run_dir / "ends" / f"{incarnation:04d}{suffix}.json"
 
 
 def ends(run_dir: Path, job: str | None = None) -> list[dict[str, Any]]:

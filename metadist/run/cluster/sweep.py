@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,27 +19,28 @@ from metadist.run.sweep import Job, comparison, jobs
 from metadist.store import atomic_write
 
 
-def plan(points: Sequence[Point]) -> tuple[Path, list[RunFolder]]:
-    """The sweep's folder and its runs' folders, made and checked. UserError for what one array can't hold."""
-    shapes = {
-        k: {json.dumps(flatten(p.config)[k]) for p in points} for k in flatten(points[0].config) if k.startswith("cluster.")
-    }
-    if mixed := [k.removeprefix("cluster.") for k, values in shapes.items() if len(values) > 1]:
-        raise UserError(
-            f"{mixed[0]} can't be swept: all runs of an array get the same machines; submit a command for each value"
-        )
-    todo = jobs(points)
+def plan(points: Sequence[Point]) -> tuple[Path, list[Job]]:
+    """The sweep's folder and its runs, each with a run folder; nothing is made. UserError for what one array can't hold."""
+    leaves = [flatten(p.config) for p in points]
+    for key in (k for k in leaves[0] if k.startswith("cluster.")):
+        if len({json.dumps(found[key]) for found in leaves}) > 1:
+            raise UserError(f"{key.removeprefix('cluster.')} can't be swept: all runs of an array get the same machines; "
+                            "submit a command for each value")  # fmt: skip
+    todo = [dataclasses.replace(job, run_dir=str(Path(job.run_dir).expanduser().absolute())) for job in jobs(points)]
+    key = hashlib.sha256("\n".join(sorted(job.run_dir for job in todo)).encode()).hexdigest()[:8]
+    return (Path("runs") / f"sweep-{key}").absolute(), todo
+
+
+def make(place: Path, points: Sequence[Point], todo: Sequence[Job]) -> list[RunFolder]:
+    """The sweep's folder with the list of its runs, and their folders. UserError for a folder that holds another run."""
     for point, job in zip(points, todo):
         point.config.run_dir = job.run_dir
     folders = [RunFolder.prepare(point.config) for point in points]
-    key = hashlib.sha256("\n".join(sorted(str(f.path) for f in folders)).encode()).hexdigest()[:8]
-    place = (Path("runs") / f"sweep-{key}").absolute()
-    (place / LOGS).mkdir(parents=True, exist_ok=True, mode=0o700)
-    for folder in folders:
-        (folder.path / LOGS).mkdir(exist_ok=True, mode=0o700)
-    described = [{"words": j.words, "swept": j.swept, "run_dir": str(f.path)} for j, f in zip(todo, folders)]
-    record.write(place / "sweep.json", {"runs": [str(f.path) for f in folders], "jobs": described})
-    return place, folders
+    for path in (place, *(folder.path for folder in folders)):
+        (path / LOGS).mkdir(parents=True, exist_ok=True, mode=0o700)
+    described = [{"words": j.words, "swept": j.swept, "run_dir": j.run_dir} for j in todo]
+    record.write(place / "sweep.json", {"runs": [j.run_dir for j in todo], "jobs": described})
+    return folders
 
 
 def text(place: Path) -> str:

@@ -37,11 +37,10 @@ class Tail:
 
 def wait(job: str, run_dir: Path, tails: list[Tail], ask: Callable[[str], Job] = scheduler.ask, poll_s: float = POLL_S) -> int:
     """Show a job until its end; its exit status."""
-    shown, since = "", time.monotonic()
+    shown, since, silent = "", time.monotonic(), True
     while True:
         now = ask(job)
-        for tail in tails:
-            print(tail(), end="", flush=True)
+        silent &= not _show(tails)
         state = f"{now.state} {now.nodes or now.reason}".strip()
         if state != shown:
             print(f"[job {job}: {state}]", file=sys.stderr, flush=True)
@@ -55,9 +54,20 @@ def wait(job: str, run_dir: Path, tails: list[Tail], ask: Callable[[str], Job] =
             break
         time.sleep(poll_s)
     time.sleep(poll_s)  # the last lines may still be on their way
-    for tail in tails:
-        print(tail(), end="", flush=True)
+    silent &= not _show(tails)
+    if silent and now.final and now.state not in ("COMPLETED", "CANCELLED"):
+        print(
+            f"error: the job ended {now.state} without a word: can every node see run_dir={run_dir}?",
+            file=sys.stderr,
+            flush=True,
+        )
     return status_of(now, run_dir, job)
+
+
+def _show(tails: list[Tail]) -> bool:
+    new = [tail() for tail in tails]
+    print("".join(new), end="", flush=True)
+    return any(new)
 
 
 def status_of(now: Job, run_dir: Path, job: str) -> int:
@@ -71,7 +81,4 @@ def status_of(now: Job, run_dir: Path, job: str) -> int:
         return int(found[-1]["status"]) if found else 1
     if now.state == "CANCELLED":
         return 143
-    if not found and not any((run_dir / "starts").glob("*")):
-        print(f"error: the job ended {now.state} before its workers had begun: can every node see run_dir={run_dir}?",
-              file=sys.stderr, flush=True)  # fmt: skip
     return now.exit_status or 1
