@@ -30,7 +30,7 @@ def in_small(words: list[str]) -> list[str]:
     if words[1].endswith("local.py") and not {"--help", "--cfg"} & set(words):
         words += ["smoke=true", "threads=1", f"data.root={REAL}"]
     if words[1].endswith("slurm.py") and not any(w.startswith("cluster=") for w in words):
-        words += ["smoke=true", "cluster=print"]  # on a real cluster: tests/slurm/test_readme_slurm.py
+        words += ["smoke=true", "tasks=4", "cluster=print"]  # on a real cluster: tests/slurm/test_readme_slurm.py
     if words[1].endswith("evaluate.py"):
         words += ["nets=2", "epochs=1", "trials=1", "threads=1"] if "check=gradient" not in words else []
     return words

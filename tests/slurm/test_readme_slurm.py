@@ -27,7 +27,7 @@ def test_command(line: str, cluster: Cluster, place: Path) -> None:
     if program.endswith("status.py"):
         assert launch(*words, program="status").stdout.count("finished") >= 7
         return
-    tests = ["smoke=true", "check_mount=false", *([] if "cluster=print" in words else ["wait=true"])]
+    tests = ["smoke=true", "tasks=4", "check_mount=false", *([] if "cluster=print" in words else ["wait=true"])]
     done = launch(*dict.fromkeys([*words, *tests]))
     assert ("#SBATCH --nodes=4" if "cluster=print" in words else "submitted job") in done.stdout
 

@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -59,7 +60,8 @@ class Executor(SlurmExecutor):
         self.folder.chmod(0o700)
         (self.folder / "batch.sh").write_text(self.text)
         try:
-            job = self._submit_command(self._submitit_command_str)
+            with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception, too
+                job = self._submit_command(self._submitit_command_str)
         except (FailedJobError, FailedSubmissionError) as e:
             raise UserError(f"SLURM refused the job and nothing was submitted: {_reason(str(e))}") from None
         finally:

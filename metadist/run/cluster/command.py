@@ -62,7 +62,7 @@ def _judge(config: Config) -> None:
     tasks = tasks_per_node(cluster)
     if config.method.name == "lower_bound":
         raise UserError("method=lower_bound takes a second on one core; use python launch/local.py method=lower_bound")
-    if cluster.signal_delay_s >= 60 * cluster.timeout_min:
+    if 1 <= 60 * cluster.timeout_min <= cluster.signal_delay_s:
         raise UserError(f"signal_delay_s={cluster.signal_delay_s} is not below timeout_min={cluster.timeout_min} "
                         f"({60 * cluster.timeout_min} s); give less of the one or more of the other")  # fmt: skip
     if cluster.gpus_per_node == 0 and (
