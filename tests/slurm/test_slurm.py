@@ -183,8 +183,12 @@ def test_time_limits_are_counted(launch: Launcher, cluster: Cluster) -> None:
 
 
 def test_scancel_ends_it_with_a_checkpoint_and_for_good(launch: Launcher, cluster: Cluster, reference: Path) -> None:
-    job, folder = launch.submit("cancelled")
+    job, folder = launch.submit("cancelled", "exchange.interface=eth0")
     launch.at_step(folder, 12)
+    row = json.loads(launch("run=cancelled", "json=true", program="status").stdout)[0]
+    assert (row["state"], row["nodes"], row["job"]) == ("running", "n[1-4]", job) and row["step"] >= 1 and row["left_s"] >= 0
+    met = json.loads((folder / "cluster" / f"meet-{job}-0.json").read_text())
+    assert met["store"].startswith(f"{cluster.net}.")  # of the interface, not of every one
     subprocess.run(["scancel", job], env=cluster.environ(), check=True)
     assert launch.ended(job) == "CANCELLED"
     launch.until(lambda: ends(folder), 20, "the record")
