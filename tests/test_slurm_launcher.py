@@ -313,6 +313,12 @@ def test_after_a_kill_it_is_requeued_so_often(job: Path, capsys: pytest.CaptureF
     assert (code, again) == (1, False) and "it was 1 times already (max_restarts=1)" in text
 
 
+def test_after_it_was_superseded_it_requeues_nothing(job: Path, fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = SHOWN.format(state="RUNNING", preempt="None").replace("Restarts=1", "Restarts=2")
+    fakes.program("scontrol", f"echo \"$@\" >> {fakes.place}/asked; echo '{shown}'")
+    assert finish(job, 137, capsys) == (1, "worker lost; SLURM has started the job again already\n", False)
+
+
 def test_after_a_mistake_it_ends(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record.write(job / "cluster/fault-4711-1-3.json", {"time": 1.0, "status": 2, "text": "error: no such data", "lost": False})
     record.write(job / "cluster/fault-4711-1-0.json", {"time": 0.5, "status": 1, "text": "error: lost another", "lost": True})

@@ -255,15 +255,22 @@ def test_waiting_outlives_a_lost_node(launch: Launcher, cluster: Cluster, refere
     assert_same(folder, reference)
 
 
-def test_a_forgotten_start_can_spoil_nothing(launch: Launcher, cluster: Cluster, reference: Path) -> None:
-    """Only slurmd dies: the old ranks run on beside the requeued ones. The run folder is fenced."""
-    job, folder = launch.submit("fenced", "steps=60")
-    launch.at_step(folder, 12)
-    cluster.kill_slurmd("n2")
-    launch.until(lambda: cluster.job(job).get("Restarts") == "1" or launch.state(job) == "COMPLETED", 90, "requeue or end")
-    cluster.boot("n2")
-    assert launch.ended(job, 180) == "COMPLETED", launch.logs(folder)
-    assert_same(folder, reference)
+def test_a_forgotten_start_can_spoil_nothing(launch: Launcher, cluster: Cluster) -> None:
+    """Only the batch host's slurmd dies: rank 0 and the batch script run on beside the requeued job. The folder is fenced."""
+    slow = ["nodes=2", "inner.epochs=60", "steps=80", "run.checkpoint_every=2"]  # two nodes are left to be requeued on
+    job, folder = launch.submit("fenced", *slow)
+    launch.at_step(folder, 4)
+    cluster.kill_slurmd("n1")
+    launch.until(lambda: cluster.job(job).get("Restarts") == "1", 60, f"the requeue: {launch.logs(folder)}")
+    assert cluster.execute("n1", "pgrep", "-f", "metadist.run.cluster.rank")  # the forgotten one is alive
+    launch.until(lambda: (folder / "starts" / "0002.json").exists(), 60, "the second start")
+    launch.until(lambda: (folder / "ends" / "0001.json").exists(), 90, f"the end of the first: {launch.logs(folder)}")
+    cluster.boot("n1")
+    assert launch.ended(job, 240) == "COMPLETED", launch.logs(folder)
+    assert cluster.job(job)["Restarts"] == "1", "the forgotten batch script requeued the newer start"
+    assert "SLURM has started the job again already" in launch.logs(folder)
+    launch(*FOUR, *SMALL, *slow, "run_dir=calm", "wait=true")
+    assert_same(folder, launch.place / "calm")
 
 
 def test_a_sweep_is_one_array_with_one_table(launch: Launcher, cluster: Cluster) -> None:

@@ -6,6 +6,8 @@ Design choices
 - It stands outside of the ranks, so it is there when all of them were killed at once.
 - Stopped with a checkpoint by a preemption or the time limit: requeued. A worker killed or lost: requeued, at most max_restarts
   times. A mistake or a fault that would come again: not.
+- A node whose slurmd alone died is given up while its processes run on: SLURM has then requeued the job already, and this start
+  is an older one, which must not requeue the newer.
 - scancel and `scontrol requeue` kill the batch script itself: nothing here can resurrect what a person ended.
 """
 
@@ -49,6 +51,9 @@ def main(argv: list[str]) -> int:
     end = _end(run_dir, slot, status)
     if end["reason"] in (FINISHED, REFUSED, FAILED):
         _compare(place)
+        return int(end["status"])
+    if scheduler.ask(slot.raw_job).restarts > slot.start:
+        print(f"{end['reason']}; SLURM has started the job again already", flush=True)
         return int(end["status"])
     again, text = _decide(run_dir, slot, end)
     if not again:
