@@ -217,7 +217,11 @@ def _wait(watched: Sequence[tuple[str, Path, Path]]) -> int:
     worst = 0
     for job, run_dir, logs in watched:
         tails = [Tail(logs / f"{job}_0_log.{kind}") for kind in ("out", "err")]
-        worst = max(worst, wait(job, run_dir, tails))
+        try:
+            worst = max(worst, wait(job, run_dir, tails))
+        except KeyboardInterrupt:
+            print(f"no longer watching; the job goes on: scancel {watched[0][0].partition('_')[0]} ends it", file=sys.stderr)
+            return 130
     return worst
 
 
