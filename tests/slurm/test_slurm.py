@@ -77,6 +77,13 @@ class Launcher:
     def state(self, job: str) -> str:
         return self.cluster.job(job).get("JobState", "")
 
+    def requeued(self, job: str, folder: Path, times: int = 1, seconds: float = 90) -> None:
+        """Wait until the job has been requeued so often."""
+        end = time.monotonic() + seconds
+        while int(self.cluster.job(job).get("Restarts", "0")) < times:
+            assert time.monotonic() < end, f"not requeued: {self.cluster.job(job)} {ends(folder)} {self.logs(folder)}"
+            time.sleep(0.1)
+
     def ended(self, job: str, seconds: float = 120) -> str:
         """Wait for a final state and return it."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -152,7 +159,7 @@ def test_preempted_it_makes_room_and_goes_on(launch: Launcher, cluster: Cluster,
     launch.at_step(folder, 12)
     high = ["sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "--wrap", "sleep 3"]
     subprocess.run(high, env=cluster.environ(), cwd=launch.place, check=True, capture_output=True)
-    launch.until(lambda: launch.cluster.job(job).get("Restarts") == "1", 60, "the requeue")
+    launch.requeued(job, folder)
     assert launch.ended(job) == "COMPLETED", launch.logs(folder)
     assert_same(folder, reference)
     assert ends(folder) == ["preempted", "finished"]
@@ -206,7 +213,7 @@ def test_a_killed_worker_is_worth_another_try(launch: Launcher, cluster: Cluster
     job, folder = launch.submit("killed")
     launch.at_step(folder, 12)
     cluster.execute("n3", "pkill", "-KILL", "-f", "metadist.run.cluster.rank")
-    launch.until(lambda: launch.cluster.job(job).get("Restarts") == "1", 60, "the requeue")
+    launch.requeued(job, folder)
     assert launch.ended(job) == "COMPLETED", launch.logs(folder)
     assert_same(folder, reference)
     assert ends(folder) == ["worker lost", "finished"]

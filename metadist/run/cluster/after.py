@@ -28,6 +28,7 @@ from metadist.run.cluster.record import (
     LOST,
     LOST_STATUS,
     REFUSED,
+    TERMINATED,
     Slot,
     end_path,
     ends,
@@ -67,7 +68,8 @@ def _end(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
     """How this start ended: as rank 0 recorded it, else as the ranks' faults, srun's status and the scheduler tell."""
     incarnation = read(slot.meet(run_dir)).get("incarnation")
     path = end_path(run_dir, incarnation or 0, "" if incarnation else f"-{slot.job}-{slot.start}")
-    if end := read(path):
+    end = read(path)
+    if end and not (end["reason"] == TERMINATED and status):  # else srun sent the SIGTERM, because a rank had died
         return end
     began = incarnation is not None
     end = {**_reason(run_dir, slot, status, began), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
@@ -85,8 +87,9 @@ def _reason(run_dir: Path, slot: Slot, status: int, began: bool) -> dict[str, An
         print(hard[0]["text"], file=sys.stderr, flush=True)
         return {"reason": REFUSED if hard[0]["status"] == 2 else FAILED, "status": hard[0]["status"]}
     if status == WARNED:  # before rank 0 could listen
-        seen = scheduler.ask(slot.raw_job)
-        return {"reason": why("SIGUSR2", seen, slot.start, _limits(run_dir).signal_delay_s), "status": status}
+        seen, limit = scheduler.ask(slot.raw_job), os.environ.get("SLURM_JOB_END_TIME")
+        reason = why("SIGUSR2", seen, slot.start, _limits(run_dir).signal_delay_s, float(limit) if limit else None)
+        return {"reason": reason, "status": status}
     if status > 128 or status == LOST_STATUS or any(faults):
         return {"reason": LOST, "status": 1}
     if not began:

@@ -30,7 +30,9 @@ class Executor(SlurmExecutor):
     """submitit's, for a command instead of a function."""
 
     def __init__(self, place: Path, cluster: ClusterConfig, count: int | None = None) -> None:
-        """place: the run's folder, or the sweep's; count: of its runs. UserError for what submitit refuses."""
+        """place: the run's folder, or the sweep's; count: of its runs. UserError for what submitit or sbatch refuses."""
+        if "%" in str(place):
+            raise UserError(f"run_dir={place} has a %, which sbatch would replace in the names of the logs; give one without")
         super().__init__(place / LOGS)
         self._place = place
         try:
@@ -99,9 +101,17 @@ def parameters(place: Path, cluster: ClusterConfig) -> dict[str, Any]:
         # A task that fails ends the others; srun has not taken cpus_per_task from sbatch since SLURM 22.05.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
         "teardown": [f"{after} $? {shlex.quote(str(place))}", "exit $?"],
-        "additional_parameters": {"requeue": True, "chdir": str(Path.cwd()), **cluster.additional_parameters},
+        "additional_parameters": _additional(cluster),
     }
     return {k: v for k, v in given.items() if v is not None}
+
+
+def _additional(cluster: ClusterConfig) -> dict[str, Any]:
+    """sbatch's words that have no name of their own. A word without a value is given true; false or null leaves it out."""
+    given = {"requeue": True, "chdir": str(Path.cwd()), **cluster.additional_parameters}
+    if not given["requeue"]:  # left out, the cluster's own default would stand
+        given["no-requeue"] = True
+    return {k: v for k, v in given.items() if v is not None and v is not False}
 
 
 def visible(place: Path) -> list[str]:

@@ -14,6 +14,7 @@ max_restarts setup additional_parameters check_mount wait. The same command on a
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import shutil
 import sys
@@ -29,6 +30,7 @@ from metadist.run.cluster.mounts import refuse_local
 from metadist.run.compose import compose, expand
 from metadist.run.folder import RunFolder
 from metadist.run.guard import guarded
+from metadist.run.sweep import quoted
 
 OWN = {f.name for f in dataclasses.fields(ClusterConfig)} - {"name"}
 FLAGS = ("-h", "--help", "-m", "--multirun")
@@ -124,9 +126,9 @@ def _sweep(words: Sequence[str]) -> int:
 
     points = expand(translated(words), place_workers(words))
     cluster = points[0].config.cluster
+    place, todo = sweep.plan(points)
     if cluster.name == "local":
         return _local(["-m", *words], points[0].config)
-    place, todo = sweep.plan(points)
     executor = Executor(place, cluster, len(todo))
     if cluster.name == "print":
         sys.stdout.write(executor.text)
@@ -139,6 +141,9 @@ def _sweep(words: Sequence[str]) -> int:
     for job in todo:
         _free(Path(job.run_dir))
     folders = sweep.make(place, points, todo)
+    if all(folder.finished is not None for folder in folders):
+        print(sweep.text(place))
+        return 0
     for folder in folders:
         folder.write_config()
     number = executor.send()
@@ -197,7 +202,8 @@ def _free(run_dir: Path) -> None:
 
 def _sheet(job: str, place: Path, words: Sequence[str]) -> None:
     own = [w for w in words if not w.startswith("run_dir=")]
-    resume = shlex.join(["python", "launch/slurm.py", *own, *([] if "-m" in own else [f"run_dir={place}"])])
+    where = str(place) if re.fullmatch(r"[\w./-]+", str(place)) else quoted(str(place))
+    resume = shlex.join(["python", "launch/slurm.py", *own, *([] if "-m" in own else [f"run_dir={where}"])])
     logs = place / LOGS / (f"{job}_<run>_<rank>_log.out" if "-m" in own else f"{job}_<rank>_log.out")
     print(f"submitted job {job}")
     for what, how in (

@@ -10,7 +10,8 @@ Design choices
 - SIGUSR2 and SIGTERM lead to a checkpoint at a common step. Before the first step and after the last there is nothing to save:
   then they end the process at once.
 - Rank 0 asks the scheduler why it was told to stop and leaves the answer in ``ends/``; the batch script's last line
-  (metadist.run.cluster.after) acts on it. Ranks that stop in good order leave with 0, so that none of them is killed for it.
+  (metadist.run.cluster.after) acts on it. Ranks that stop in good order leave with 0: srun kills nobody for it, and its own
+  status tells whether a rank died otherwise.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def _run(run_dir: Path, slot: Slot, stop: Stop) -> int:
     if slot.rank == 0:
         folder = RunFolder.open(seen.config)
         where, store = _host(slot, seen.config.exchange.interface)
+        _own(run_dir, slot)
         write(slot.meet(run_dir), {"incarnation": folder.incarnation, "store": where, "time": time.time()})
     else:
         met = _meet(run_dir, slot, seen.config.exchange.timeout_s)
@@ -84,6 +86,13 @@ def _host(slot: Slot, interface: str | None) -> tuple[str | None, Any]:
     address = own_address(interface)
     store = host(address)
     return f"{address}:{store.port}", store
+
+
+def _own(run_dir: Path, slot: Slot) -> None:
+    """The run belongs to this job now: batch.sh may have been submitted by hand."""
+    path = run_dir / "cluster" / "job.json"
+    if (known := read(path)).get("job") != slot.job:
+        write(path, {**known, "job": slot.job, "cluster": "slurm", "time": time.time()})
 
 
 def _meet(run_dir: Path, slot: Slot, timeout_s: float) -> dict[str, Any]:
@@ -153,6 +162,7 @@ def _stopped(run_dir: Path, slot: Slot, name: str) -> int:
     if incarnation := read(slot.meet(run_dir)).get("incarnation"):
         record = {"reason": reason, "status": status, "step": step, "job": slot.job, "start": slot.start, "time": time.time()}
         write(end_path(run_dir, incarnation), record)
+        status = 0  # the batch script's last line knows: any other status than 0 is then another rank's
     print(f"{reason} at step {step} of {folder.config.steps}; the checkpoint is complete", flush=True)
     return status
 

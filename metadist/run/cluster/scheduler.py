@@ -91,8 +91,9 @@ def run(*command: str) -> tuple[int, str]:
     """Exit status and output, errors included; 127 if there is no such program, 124 if it does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        return 127, f"there is no {command[0]} on PATH"
+    except OSError as e:
+        missing = isinstance(e, FileNotFoundError)
+        return 127, f"there is no {command[0]} on PATH" if missing else f"{command[0]} can't be run: {e.strerror}"
     except subprocess.TimeoutExpired:
         return 124, f"{command[0]} does not answer"
     return done.returncode, done.stdout + done.stderr

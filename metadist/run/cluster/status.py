@@ -13,9 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from metadist.errors import UserError
 from metadist.run.cluster import record, scheduler
+from metadist.run.cluster.sweep import runs as sweep_runs
 from metadist.run.cluster.sweep import text
 from metadist.run.cost import duration
 from metadist.run.listing import find, percent
@@ -49,8 +51,8 @@ def status(run_dir: Path) -> Status:
     known = record.read(run_dir / "cluster" / "job.json")
     job = str(known.get("job", ""))
     seen = scheduler.ask(job) if job and known.get("cluster") == "slurm" else scheduler.Job("")
-    ends = record.ends(run_dir, job or None)
-    state = _state(run_dir, row.finished, seen, progress)
+    ends = record.ends(run_dir, job if known.get("cluster") == "slurm" else None)
+    state = _state(ends, any((run_dir / "starts").glob("*")), row.finished, seen, progress)
     running = state == "running"
     elapsed = time.time() - progress.get("time", 0.0)
     left = progress.get("left_s")
@@ -75,7 +77,7 @@ def newest_progress(run_dir: Path) -> dict[str, float]:
     return record.read(files[-1]) if files else {}
 
 
-def _state(run_dir: Path, finished: bool, seen: scheduler.Job, progress: dict[str, float]) -> str:
+def _state(ends: list[dict[str, Any]], begun: bool, finished: bool, seen: scheduler.Job, progress: dict[str, float]) -> str:
     if finished:
         return "finished"
     words = {"PENDING": "queued", "REQUEUED": "queued", "RUNNING": "running", "CONFIGURING": "starting", "COMPLETING": "ending"}
@@ -86,13 +88,11 @@ def _state(run_dir: Path, finished: bool, seen: scheduler.Job, progress: dict[st
         return "unknown: the scheduler does not answer"
     if seen.state == "CANCELLED":
         return record.CANCELLED
-    ends = record.ends(run_dir)
     if seen.state in ("", scheduler.FORGOTTEN) and time.time() - progress.get("time", 0.0) < _FRESH_S and not ends:
         return "running"
     if ends:
         return str(ends[-1].get("reason"))
     if seen.state not in ("", scheduler.FORGOTTEN):
-        begun = any((run_dir / "starts").glob("*"))
         return seen.state.lower() if begun else f"{seen.state.lower()} before it began: can every node see the run folder?"
     return "stopped" if progress else "not started"
 
@@ -119,16 +119,13 @@ def main(argv: Sequence[str]) -> int:
     if "run" not in options or options.get("json", "false") not in ("true", "false"):
         raise UserError(f"run=... is missing, or json is neither true nor false; {USAGE}")
     place = Path("runs" if options["run"] == "all" else options["run"])
-    if options["run"] == "all" and not any(place.glob("*/config.json")):
-        print(f"no runs yet under {place.absolute()}")
-        return 0
-    sweep = (place / "sweep.json").exists()
-    folders = [Path(p) for p in record.read(place / "sweep.json")["runs"]] if sweep else find([str(place)])
-    found = [status(folder) for folder in folders]
+    none = options["run"] == "all" and not any(place.glob("*/config.json"))
+    sweep = sweep_runs(place)
+    found = [status(folder) for folder in ([] if none else sweep or find([str(place)]))]
     if options.get("json") == "true":
         print(json.dumps([asdict(s) for s in found], indent=1))
         return 0
-    print(show(found))
+    print(f"no runs yet under {place.absolute()}" if none else show(found))
     if sweep:
         print(f"\n{text(place)}")
     return 0

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from metadist.config import flatten
 from metadist.errors import UserError
@@ -43,10 +42,22 @@ def make(place: Path, points: Sequence[Point], todo: Sequence[Job]) -> list[RunF
     return folders
 
 
+def runs(place: Path) -> list[Path]:
+    """The run folders of a sweep's folder; empty if it is none. UserError if its list is broken."""
+    return [Path(job.run_dir) for job in _known(place)] if (place / "sweep.json").exists() else []
+
+
+def _known(place: Path) -> list[Job]:
+    try:
+        return [Job(tuple(j["words"]), j["swept"], j["run_dir"]) for j in record.read(place / "sweep.json")["jobs"]]
+    except (KeyError, TypeError):
+        raise UserError(f"{place / 'sweep.json'} is broken; name the run folders instead, "
+                        "or submit the sweep again: finished runs stay finished") from None  # fmt: skip
+
+
 def text(place: Path) -> str:
     """The comparison table of a sweep as it stands."""
-    known: list[dict[str, Any]] = record.read(place / "sweep.json")["jobs"]
-    todo = [Job(tuple(j["words"]), j["swept"], j["run_dir"]) for j in known]
+    todo = _known(place)
     return comparison(todo, [_state(Path(j.run_dir)) for j in todo])
 
 
