@@ -1,13 +1,7 @@
-"""The typed configuration of a run: every key, its default and its meaning. Hydra, the Python API and tests all build this.
-
-``identity`` hashes what defines the result; what is mere circumstance (how many workers, which device) may differ on resume.
-"""
+"""The typed configuration of a run: every key, its default and its meaning. Hydra, the Python API and tests all build this."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,10 +127,21 @@ class EngineConfig:
 class ExchangeConfig:
     """How workers make one step together."""
 
-    name: str = "allreduce"  # allreduce
+    name: str = "allreduce"  # allreduce | server
     backend: str = "auto"  # auto | gloo | nccl
     timeout_s: float = 600.0  # silence after which a worker is given up
     interface: str | None = None  # network interface the workers of several machines meet on; null: found by itself
+    max_staleness: int = 4  # server, as all below: versions a gradient may be behind; 0: the synchronous step
+    damping: float = 0.0  # a gradient of staleness t is weighed by (1 + t)^-damping; 0: all alike
+    batch: int = 0  # tasks a meta-step takes; 0: `tasks`
+    deadline_s: float = 0.0  # a meta-step takes what has come by then, if anything has; 0: it waits for `batch`
+    item: int = 0  # tasks handed out at once; 0: a worker's share, as far as it divides tasks and batch
+    wire: str = "full"  # numbers on the wire: full, as computed | bfloat16: half of float32's bytes; the server's stay whole
+    shards: int = 1  # server processes, a range of the flat vector each
+    queue: int = 0  # gradients accepted and not yet applied, at most; 0: 1 GB of them, at most 64
+    encrypt: bool = True  # CURVE; false: only for a closed network, the run's token is still demanded
+    patience: float = 600.0  # seconds a worker waits for a server that went away
+    heartbeat_s: float = 2.0  # between signs of life; after five without one a worker is given up
 
 
 @dataclass
@@ -225,48 +230,3 @@ class Config:
     threads: int = 0  # per worker; 0: cores / workers
     cache_dir: str = "~/.cache/metadist"  # what several runs can share: whitening, pre-trained networks
     smoke: bool = False  # the preset's few-second version, on a few real images
-
-
-CIRCUMSTANCE = {
-    "steps", "run_dir", "workers", "device", "threads", "cache_dir", "run",
-    "data.root", "data.download", "exchange.timeout_s", "exchange.backend", "exchange.interface", "cluster",
-    "engine.compile", "engine.group", "engine.memory_gb", "eval.chunk", "eval.final_nets",
-}  # fmt: skip
-
-
-FREE = ("net.kwargs", "cluster.additional_parameters")  # leaves that hold keys of their own
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Every leaf by its dotted name, sorted."""
-
-    def walk(prefix: str, node: dict[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for k, v in node.items():
-            if isinstance(v, dict) and f"{prefix}{k}" not in FREE:
-                out |= walk(f"{prefix}{k}.", v)
-            else:
-                out[f"{prefix}{k}"] = v
-        return out
-
-    return dict(sorted(walk("", dataclasses.asdict(config)).items()))
-
-
-def is_circumstance(key: str) -> bool:
-    """Whether a leaf, by its dotted name, may differ when a run is resumed."""
-    return key in CIRCUMSTANCE or key.split(".")[0] in CIRCUMSTANCE
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """The leaves that define the result: all but circumstance."""
-    return {k: v for k, v in flatten(config).items() if not is_circumstance(k)}
-
-
-def identity_hash(config: Config) -> str:
-    """SHA-256 of the identity, in hex."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-
-
-def default_run_dir(config: Config) -> str:
-    """runs/<method>-<data>-<net>-<8 hex of the identity>."""
-    return f"runs/{config.method.name}-{config.data.name}-{config.net.name}-{identity_hash(config)[:8]}"

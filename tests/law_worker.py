@@ -28,19 +28,18 @@ class Recorded:
     """An exchange that also keeps the buffers that were applied."""
 
     def __init__(self, link: Exchange) -> None:
-        self.link, self.rank, self.world = link, link.rank, link.world
+        self.link = link
         self.buffers: list[Tensor] = []
-        self.sum = link.sum
 
-    def step(self, state: Any, tasks: int, compute: Any, apply: Callable[[Any, Tensor], Any], stop: bool) -> tuple[Any, bool]:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+    def step(self, state: Any, tasks: int, compute: Any, apply: Callable[[Any, Tensor], Any], stop: Any) -> tuple[Any, bool]:
         def kept(state: Any, total: Tensor) -> Any:
             self.buffers.append(total.clone())
             return apply(state, total)
 
         return self.link.step(state, tasks, compute, kept, stop)
-
-    def close(self) -> None:
-        self.link.close()
 
 
 def train_all(folders: list[RunFolder], link: Exchange) -> None:

@@ -38,9 +38,9 @@ def configured(timeout_s: float = DEADLINE_S) -> Config:
 def test_one_worker_needs_nobody() -> None:
     alone = connect(configured())
     assert isinstance(alone, Alone) and (alone.rank, alone.world) == (0, 1)
-    state, leave = alone.step(10.0, 4, lambda s, t: t * s, lambda s, total: s + float(total.sum()), False)
+    state, leave = alone.step(10.0, 4, lambda s, t: t * s, lambda s, total: s + float(total.sum()), lambda: False)
     assert (state, leave) == (70.0, False)
-    assert alone.step(0.0, 1, lambda s, t: t, lambda s, total: s, True)[1] is True
+    assert alone.step(0.0, 1, lambda s, t: t, lambda s, total: s, lambda: True)[1] is True
     assert alone.sum(torch.tensor([3.0])).tolist() == [3.0]
 
 
@@ -96,7 +96,7 @@ def meta_steps(link: Any, pipe: Connection) -> str:
 
     step, leave = 0, False
     while not leave:
-        step, leave = link.step(step, 5, compute, apply, stop=link.rank == 1 and step >= 2)
+        step, leave = link.step(step, 5, compute, apply, lambda at=step: link.rank == 1 and at >= 2)
     total = link.sum(torch.tensor([link.rank + 1, 10], dtype=torch.int64))
     link.close()
     return json.dumps({"steps": step, "seen": seen, "sum": total.tolist(), "rank": link.rank, "world": link.world})

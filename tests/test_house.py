@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from metadist.config import Config, flatten
+from metadist.config import Config
+from metadist.identity import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "metadist"
@@ -18,7 +19,7 @@ FILE_LINES, FUNCTION_LINES = 275, 60
 
 # From the ground up: a room imports itself and rooms to its left.
 ROOMS = (
-    "draw", "errors", "config", "metagrad", "store", "nets", "data", "synthetic", "methods", "exchange",
+    "draw", "errors", "config", "identity", "metagrad", "store", "nets", "data", "synthetic", "methods", "exchange",
     "evaluate", "run", "api",
 )  # fmt: skip
 # metadist.evaluate is a package and a function at once: its __call__ fetches the function when it is called.

@@ -14,8 +14,9 @@ import pytest
 
 import metadist.run.local
 from metadist import data, nets
-from metadist.config import Config, default_run_dir, flatten, identity
+from metadist.config import Config
 from metadist.errors import UserError
+from metadist.identity import default_run_dir, flatten, identity
 from metadist.run import sweep as sweep_module
 from metadist.run import validate as validate_module
 from metadist.run.compose import compose, expand

@@ -16,17 +16,26 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from metadist.config import Config
-from metadist.errors import Lost
+from metadist.errors import Lost, RunError
+from metadist.synthetic.images import Phi
 
-S = TypeVar("S")
 _POLL_S = 0.1
+
+
+class Replica(Protocol):
+    """A state that an exchange advances: it has the parameters that gradients are taken at."""
+
+    phi: Phi
+
+
+S = TypeVar("S", bound=Replica)
 
 
 def share(tasks: int, rank: int, world: int) -> Tensor:
@@ -48,26 +57,63 @@ def host(address: str) -> Any:
     )
 
 
-class Alone:
-    """The exchange of a single worker."""
+class _Replicated:
+    """What is the same for one and for several workers that all hold the state."""
 
-    rank, world = 0, 1
+    rank, world, computes = 0, 1, True
 
-    def step(
-        self, state: S, tasks: int, compute: Callable[[S, Tensor], Tensor], apply: Callable[[S, Tensor], S], stop: bool
-    ) -> tuple[S, bool]:
-        """Compute all tasks and apply."""
-        return apply(state, compute(state, share(tasks, 0, 1))), stop
+    @property
+    def workers(self) -> int:
+        """All of them compute."""
+        return self.world
 
     def sum(self, values: Tensor) -> Tensor:
-        """The values themselves."""
+        """The sum over all workers."""
         return values
 
-    def close(self) -> None:
+    def spread(self, purpose: str, phi: Phi, count: int, figures: Callable[[Tensor], Tensor], rows: int) -> Tensor:
+        """Figures float64 [rows, count] of networks 0 .. count - 1, a share by each worker."""
+        device = next(iter(phi.values())).device
+        table = torch.zeros(rows, count, dtype=torch.float64, device=device)
+        mine = share(count, self.rank, self.world).to(device)
+        if len(mine):
+            table[:, mine] = figures(mine).to(device)
+        return self.sum(table).cpu()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Nothing but the state decides the future."""
+        return {}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def figures(self) -> tuple[dict[str, float], dict[str, list[int]]]:
+        """Nothing of its own to log."""
+        return {}, {}
+
+
+class Alone(_Replicated):
+    """The exchange of a single worker."""
+
+    def step(
+        self,
+        state: S,
+        tasks: int,
+        compute: Callable[[S, Tensor], Tensor],
+        apply: Callable[[S, Tensor], S],
+        stop: Callable[[], bool],
+    ) -> tuple[S, bool]:
+        """Compute all tasks and apply."""
+        return apply(state, compute(state, share(tasks, 0, 1))), stop()
+
+    def agree(self, step: int) -> None:
+        """There is nobody to disagree with."""
+
+    def close(self, finished: bool = True) -> None:
         """Nothing to leave."""
 
 
-class AllReduce:
+class AllReduce(_Replicated):
     """The exchange of several workers."""
 
     def __init__(self, config: Config, rank: int, world: int, store: str, incarnation: int) -> None:
@@ -90,11 +136,16 @@ class AllReduce:
             raise Lost(f"worker {rank} could not join the others at {store}: {_first_line(error)}") from error
 
     def step(
-        self, state: S, tasks: int, compute: Callable[[S, Tensor], Tensor], apply: Callable[[S, Tensor], S], stop: bool
+        self,
+        state: S,
+        tasks: int,
+        compute: Callable[[S, Tensor], Tensor],
+        apply: Callable[[S, Tensor], S],
+        stop: Callable[[], bool],
     ) -> tuple[S, bool]:
         """Compute this worker's share, sum over workers, apply the same update everywhere."""
         part = compute(state, share(tasks, self.rank, self.world))
-        buffer = self.sum(torch.cat((part, part.new_tensor([float(stop)]))))
+        buffer = self.sum(torch.cat((part, part.new_tensor([float(stop())]))))
         return apply(state, buffer[:-1]), bool(buffer[-1] > 0)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -107,7 +158,14 @@ class AllReduce:
             ) from error
         return values
 
-    def close(self) -> None:
+    def agree(self, step: int) -> None:
+        """Raise RunError unless all workers are at the same step."""
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = self.sum(torch.tensor([float(step), float(step) ** 2], dtype=torch.float64, device=device))
+        if float(total[0]) != step * self.world or float(total[1]) != step**2 * self.world:
+            raise RunError(f"worker {self.rank} found checkpoint {step}, others another; can all see the same run_dir?")
+
+    def close(self, finished: bool = True) -> None:
         """Leave the group, all together, once rank 0 is done. Raises Lost when the launcher is lost.
 
         Rank 0 alone writes reports, for as long as that takes: a collective would time out, a key in the store does not.

@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from metadist.config import Config
 from metadist.errors import UserError
 from metadist.run.overrides import config_dir, keys, kind_of, parse, plain
-from metadist.run.validate import unread, validate
+from metadist.run.unread import unread
+from metadist.run.validate import validate
 
 
 @dataclass

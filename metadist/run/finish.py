@@ -50,7 +50,7 @@ def finish(
         "skipped": state.skipped,
         "rollbacks": state.rollbacks,
         "minutes": round(minutes, 2),
-        "workers": exchange.world,
+        "workers": exchange.workers,
         "version": metadist.__version__,
         "environment": environment(),
         "finished": True,

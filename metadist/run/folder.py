@@ -13,22 +13,20 @@ Design choices
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import json
-import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from metadist.config import Config, default_run_dir, identity
+from metadist.config import Config
 from metadist.errors import RunError, UserError
+from metadist.identity import default_run_dir, identity
 from metadist.run.environment import changed_code, environment, packages
-from metadist.store import Checkpoints, atomic_write, claim, clean, disk_error
+from metadist.store import Checkpoints, atomic_write, claim, clean, write_first
 
 _POLL_S = 0.05
 
@@ -63,28 +61,6 @@ def _read(path: Path) -> Any:
         raise RunError(f"{path} can't be read ({e}); restore it or start a new run_dir") from None
 
 
-def _write_first(path: Path, data: bytes) -> bool:
-    """Put ``data`` at ``path`` unless the name exists; whole or not at all. Returns whether it was ours."""
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.0.tmp")  # the pattern store.clean knows
-    atomic_write(draft, data)
-    try:
-        os.link(draft, path)
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: the check is then not atomic, the write still is
-        if path.exists():
-            return False
-        try:
-            draft.replace(path)
-        except OSError as e:
-            raise disk_error(path, len(data), e) from e
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
 class RunFolder:
     """One run's folder, seen by one start of it.
 
@@ -117,7 +93,7 @@ class RunFolder:
             raise UserError(f"run_dir={path} can't be made ({e.strerror}); give another run_dir") from None
         clean(path)
         config = dataclasses.replace(copy.deepcopy(config), run_dir=str(path))
-        _write_first(path / "config.json", _dump(dataclasses.asdict(config)))
+        write_first(path / "config.json", _dump(dataclasses.asdict(config)))
         _check_identity(path, config)
         return cls(path, config, 0, False)
 
@@ -161,16 +137,17 @@ class RunFolder:
         """Step of the newest checkpoint, 0 if there is none. Its content is not checked."""
         return max((s.step for s in self.checkpoints.saved()), default=0)
 
-    def resolve(self, name: str, compute: Callable[[], Any]) -> Any:
+    def resolve(self, name: str, compute: Callable[[], Any], anyone: bool = False) -> Any:
         """The value of ``name`` that this run uses for ever: recorded already, or computed now and recorded.
 
         name: letters, digits, "-", "_" and "."; where it depends on a circumstance, say so in the name ("threads-2").
-        compute: JSON-able; called in the writing rank only. Other ranks wait for the record: no exchange is needed.
+        compute: JSON-able; called in the writing rank only, or in ``anyone`` who needs it first (a server's workers). Others
+        wait for the record: no exchange is needed.
         Raises RunError if a non-writing process waits longer than exchange.timeout_s.
         """
         path = self.path / "resolved" / f"{name}.json"
-        if not path.exists() and self.writes:
-            _write_first(path, _dump(compute()))
+        if not path.exists() and (self.writes or anyone):
+            write_first(path, _dump(compute()))
         until = time.monotonic() + (self.config.exchange.timeout_s if self.incarnation else 0.0)
         while not path.exists():
             if time.monotonic() > until:

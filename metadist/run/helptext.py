@@ -16,6 +16,7 @@ from io import StringIO
 from typing import Any
 
 from metadist import config as config_module
+from metadist import identity
 from metadist.run.compose import compose
 from metadist.run.overrides import config_dir, groups
 
@@ -79,7 +80,7 @@ def _keys() -> Iterator[str]:
     tokens = tokenize.generate_tokens(StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    defaults = config_module.flatten(compose())
+    defaults = identity.flatten(compose())
     top: list[str] = []
     for name, kind, line in _fields(classes["Config"]):
         if kind not in classes:

@@ -19,7 +19,6 @@ from metadist.evaluate.statistics import Summary
 from metadist.evaluate.suite import glance
 from metadist.evaluate.train import predictions, recorded, statistics
 from metadist.exchange import Exchange
-from metadist.exchange.allreduce import share
 from metadist.methods.poison import figures
 from metadist.run.setup import Setup
 from metadist.synthetic.distilled import DistilledSet, theta0_recipe
@@ -36,14 +35,17 @@ def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchang
     purpose: "validation" (its split and starts) or "evaluation" (the test split, starts never used before).
     The score is what checkpoints are chosen by: accuracy in the labels the method's judge uses.
     """
-    split = setup.data.valid if purpose == "validation" else setup.data.test
     theta0 = setup.starts.held_out(count, purpose)
-    mine = share(len(theta0), exchange.rank, exchange.world).to(setup.device)
     names = ["score"] + (["accuracy", "attacked_accuracy", "success"] if setup.method.relabel else [])
-    table = torch.zeros(len(names), len(theta0), dtype=torch.float64, device=setup.device)
-    if len(mine):
-        table[:, mine] = _figures(setup, phi, split, theta0[mine]).to(setup.device)
-    return dict(zip(names, exchange.sum(table).cpu(), strict=True))
+    table = exchange.spread(
+        purpose, phi, len(theta0), lambda some: figures_of(setup, phi, purpose, theta0[some.to(setup.device)]), len(names)
+    )
+    return dict(zip(names, table, strict=True))
+
+
+def figures_of(setup: Setup, phi: Phi, purpose: str, theta0: Tensor) -> Tensor:
+    """The figures [F, n] of networks that start at ``theta0`` [n, P]."""
+    return _figures(setup, phi, setup.data.valid if purpose == "validation" else setup.data.test, theta0)
 
 
 def _figures(setup: Setup, phi: Phi, split: Split, theta0: Tensor) -> Tensor:

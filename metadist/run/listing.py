@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metadist.config import FREE, is_circumstance
 from metadist.errors import UserError
+from metadist.identity import FREE, is_circumstance
 from metadist.run.table import table
 
 USAGE = "usage: python launch/runs.py [folder ...] [compare=<run>,<run>] [json=true]"

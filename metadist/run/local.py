@@ -60,6 +60,10 @@ def _run(config: Config) -> int:
     if (summary := folder.finished) is not None:
         print(result_text(summary), flush=True)
         return 0
+    if config.exchange.name == "server":
+        from metadist.run.local_server import launch as serve
+
+        return serve(folder)
     if config.workers == 1:
         with Stop() as stop:
             return execute(folder, 0, 1, None, stop)
@@ -71,7 +75,7 @@ def launch(folder: RunFolder, command: list[str] | None = None) -> int:
 
     command: the program of one rank, its run folder is appended. Raises RunError for a rank that was killed.
     """
-    ranks: list[_Rank] = []
+    ranks: list[Rank] = []
     lock = threading.Lock()
 
     def forward(signum: int) -> None:
@@ -91,7 +95,7 @@ def launch(folder: RunFolder, command: list[str] | None = None) -> int:
         try:
             for number in range(folder.config.workers):
                 with lock:
-                    ranks.append(_Rank(number, folder, command or WORKER, f"127.0.0.1:{store.port}", count))
+                    ranks.append(Rank(number, folder, command or WORKER, f"127.0.0.1:{store.port}", count))
             if stop.requested:  # it came while they were being started
                 forward(signal.Signals[stop.requested])
             _wait(ranks)
@@ -99,14 +103,15 @@ def launch(folder: RunFolder, command: list[str] | None = None) -> int:
             kill()
             codes = [rank.process.wait() for rank in ranks]
     failed = [rank for rank in ranks if rank.failed]
-    return _verdict(failed, folder) if failed else max(codes)
+    return verdict(failed, folder) if failed else max(codes)
 
 
 def _environment(number: int, folder: RunFolder, store: str, count: int, fault: int) -> dict[str, str]:
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     return os.environ | {
         "RANK": str(number),
-        "LOCAL_RANK": str(number),
+        "LOCAL_RANK": str(max(0, number - 1) if folder.config.exchange.name == "server" else number),
+        "METADIST_LABEL": str(number),
         "WORLD_SIZE": str(folder.config.workers),
         "METADIST_STORE": store,
         "METADIST_INCARNATION": str(folder.incarnation),
@@ -119,10 +124,11 @@ def _environment(number: int, folder: RunFolder, store: str, count: int, fault: 
     }
 
 
-class _Rank:
-    """One worker process as its launcher sees it."""
+class Rank:
+    """One worker process as its launcher sees it. Rank 0 writes to the terminal, the others to logs of their own."""
 
     def __init__(self, number: int, folder: RunFolder, command: list[str], store: str, count: int) -> None:
+        """Start it."""
         self.number, self.log = number, folder.path / f"log-rank{number}.txt"
         self._signalled = self.ended_by_us = False
         self._fault: dict[str, Any] | None = None
@@ -147,17 +153,20 @@ class _Rank:
             os.close(fault)
 
     def signal(self, signum: int) -> None:
+        """Pass a signal on, once."""
         if not self._signalled:
             self._signalled = True
             self.process.send_signal(signum)
 
     def end(self) -> None:
+        """Kill it, and don't hold that against it."""
         if self.process.poll() is None:
             self.ended_by_us = True
             self.process.kill()
 
     @property
     def failed(self) -> bool:
+        """Whether it has ended otherwise than in good order or by this launcher."""
         code = self.process.poll()
         return code not in (None, 0) and code not in _STOPPED and not self.ended_by_us
 
@@ -179,7 +188,7 @@ class _Rank:
         return text[-_TAIL_BYTES:].decode(errors="replace").strip()
 
 
-def _wait(ranks: list[_Rank]) -> None:
+def _wait(ranks: list[Rank]) -> None:
     """Until all have ended; the first failure ends the others after a grace."""
     deadline = float("inf")
     while any(rank.process.poll() is None for rank in ranks):
@@ -191,7 +200,7 @@ def _wait(ranks: list[_Rank]) -> None:
         time.sleep(_POLL_S)
 
 
-def _verdict(failed: list[_Rank], folder: RunFolder) -> int:
+def verdict(failed: list[Rank], folder: RunFolder) -> int:
     """Say what the rank that failed first had; those that only lost it come later, with a fault of their own."""
     killed = next((rank for rank in failed if rank.process.returncode < 0), None)
     if killed is not None:

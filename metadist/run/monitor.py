@@ -14,9 +14,11 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metadist.errors import unknown
@@ -39,6 +41,17 @@ NAMES: dict[str, str] = {
     "peak_memory_mb": "peak memory of rank 0 in MB: resident on a CPU, tensors on a GPU",
     "skipped": "meta-steps skipped so far because their gradient was not finite or exploded",
     "rollbacks": "roll-backs to the last checkpoint so far, each with half the meta rate after it",
+    "staleness": "server: versions that each applied gradient was behind, since the last log",
+    "accepted": "server: gradients accepted since its start",
+    "stale": "server: gradients refused for their staleness, their tasks handed out again",
+    "duplicate": "server: gradients for a lease that its sender did not hold any more",
+    "lost": "server: gradients that never came or were lost with a shard, their tasks handed out again",
+    "refused": "server: connections and messages that were refused",
+    "workers_alive": "server: workers heard of within five heartbeats",
+    "queue_length": "server: gradients accepted and not yet applied",
+    "pull_ms": "server: milliseconds from a worker's request to its parameters, waiting for work not included; mean",
+    "push_ms": "server: milliseconds from a worker's gradient to the verdict on it; mean",
+    "utilisation/": "server: fraction of the time since the last log that worker NN computed",
     "images": "the distilled images as one grid, a row per inner step or class",
 }
 
@@ -50,6 +63,18 @@ ROWS: dict[str, tuple[str, ...]] = {
     "learning": ("meta_loss", "grad_norm", "valid_accuracy", "valid_accuracy_sd", "meta_rate"),
     "seconds": ("step_s", "compute_s", "exchange_s", "data_s", "tasks_per_s", "peak_memory_mb"),
     "trouble": ("skipped", "rollbacks"),
+    "server": (
+        "staleness",
+        "accepted",
+        "stale",
+        "duplicate",
+        "lost",
+        "refused",
+        "workers_alive",
+        "queue_length",
+        "pull_ms",
+        "push_ms",
+    ),
 }
 
 
@@ -112,6 +137,14 @@ class Monitor:
         self._valid = values.get("valid_accuracy", self._valid)
         if "meta_loss" in values:
             self._show(step, values)
+
+    def histogram(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Log a distribution; nothing if it is empty."""
+        if not known(name):
+            raise unknown("logged name", name, NAMES)
+        if self._dir is not None and values:
+            self._writer.add_histogram(tag(name), torch.tensor(values, dtype=torch.float64), step)
+            self._writer.flush()
 
     def image(self, step: int, name: str, grid: Tensor) -> None:
         """Log a picture. grid: uint8 [H, W, 3 or 1]."""

@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
-from metadist.config import FREE, Config
+from metadist.config import Config
 from metadist.errors import UserError, unknown
+from metadist.identity import FREE
 
 KINDS = {
     int: "a whole number",

@@ -21,7 +21,7 @@ from metadist.metagrad.execution import compiler_at_hand
 from metadist.metagrad.memory import LiveBytes, group_size
 from metadist.run import judge
 from metadist.run.compute import Compute
-from metadist.run.cost import disk_mb, estimate, peak_memory_mb
+from metadist.run.cost import disk_mb, estimate, megabytes, peak_memory_mb
 from metadist.run.folder import RunFolder
 from metadist.run.monitor import Monitor
 from metadist.run.setup import Setup
@@ -43,11 +43,25 @@ def decide(setup: Setup, folder: RunFolder, exchange: Exchange, step: int) -> De
 
     Raises UserError if compilation is wanted, or recorded, where no compiler is.
     """
-    engine, most = setup.config.engine, len(share(setup.config.tasks, 0, exchange.world))
-    group = engine.group or int(folder.resolve(f"group-{exchange.world}", lambda: _group(setup, most)))
-    group = min(group, most)
+    most = len(share(setup.config.tasks, 0, exchange.world))
+    return _decide(setup, folder, most, setup.config.steps - step, f"group-{exchange.world}", "compile")
+
+
+def decide_for_server(setup: Setup, folder: RunFolder, item: int) -> Decisions:
+    """The same for a worker of a server, which computes ``item`` tasks at once; the first of a kind of device resolves it."""
+    config, kind = setup.config, setup.device.type
+    rounds = config.steps * (config.exchange.batch or config.tasks) // (item * max(config.workers, 1))
+    return _decide(setup, folder, item, rounds, f"group-server-{kind}", f"compile-server-{kind}", anyone=True)
+
+
+def _decide(
+    setup: Setup, folder: RunFolder, most: int, rounds: int, group_name: str, compile_name: str, anyone: bool = False
+) -> Decisions:
+    """most: tasks of one round of compute; rounds: how many are left."""
+    engine = setup.config.engine
+    group = min(engine.group or int(folder.resolve(group_name, lambda: _group(setup, most), anyone)), most)
     if engine.compile == "auto":
-        compile = bool(folder.resolve("compile", lambda: _worth_compiling(setup, group, most, step)))
+        compile = bool(folder.resolve(compile_name, lambda: _worth_compiling(setup, group, most, rounds), anyone))
     else:
         compile = engine.compile == "on"
     if compile and not compiler_at_hand(setup.device.type):
@@ -65,14 +79,14 @@ def _group(setup: Setup, most: int) -> int:
     return group_size(setup.config.engine.memory_gb * 1e9, max(live.peak, 1), most)
 
 
-def _worth_compiling(setup: Setup, group: int, most: int, step: int) -> bool:
+def _worth_compiling(setup: Setup, group: int, most: int, rounds: int) -> bool:
     if not compiler_at_hand(setup.device.type):
         return False
     if setup.device.type == "cuda":
         return True
     compute = Compute(setup.method, group, setup.device, setup.static)
     seconds = _trial(setup, compute, most)
-    return seconds * SAVED * (setup.config.steps - step) > 2 * COMPILE_S
+    return seconds * SAVED * rounds > 2 * COMPILE_S
 
 
 def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
@@ -82,6 +96,17 @@ def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
         began = time.perf_counter()
         compute(phi, 0, torch.arange(tasks)).sum().item()
     return time.perf_counter() - began
+
+
+def serving(setup: Setup, state: MetaState, item: int, folder: RunFolder) -> str:
+    """What a server says before it serves; what a meta-step takes depends on the workers that come."""
+    config, left = setup.config, setup.config.steps - state.step
+    batch = config.exchange.batch or config.tasks
+    size = sum(p.numel() * p.element_size() for p in state.phi.values()) / 1e6
+    return (
+        f"this run: {left} meta-steps of {batch} tasks through a parameter server, {item} handed out at once, at most "
+        f"{config.exchange.max_staleness} versions old; {megabytes(size)} of parameters; run folder {folder.path}"
+    )
 
 
 def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor) -> None:

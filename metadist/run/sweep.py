@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from metadist.config import default_run_dir
+from metadist.identity import default_run_dir
 from metadist.run.compose import Point, expand
 from metadist.run.listing import read
 from metadist.run.table import table

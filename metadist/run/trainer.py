@@ -16,12 +16,12 @@ import math
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metadist.config import Config
 from metadist.errors import RunError
 from metadist.exchange import Exchange
+from metadist.exchange.server import item_size
 from metadist.run import finish, judge, plan
 from metadist.run.compute import Compute
 from metadist.run.cost import peak_memory_mb
@@ -102,18 +102,16 @@ class Trainer:
                 own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 self.anchor = (own, metadata["anchor"])
                 tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
-            self.state.restore(tensors, metadata["state"])
+            self._restore(tensors, metadata["state"])
             self.minutes_before = metadata["minutes"]
-        step = self.state.step
-        total = self.exchange.sum(torch.tensor([float(step), float(step) ** 2], dtype=torch.float64, device=self.setup.device))
-        world = self.exchange.world
-        if float(total[0]) != step * world or float(total[1]) != step**2 * world:
-            raise RunError(
-                f"worker {self.exchange.rank} found checkpoint {step}, others another; can all see the same run_dir?"
-            )
+        self.exchange.agree(self.state.step)
 
     def prepare(self) -> None:
         """Resolve group size and compilation, and tell what the run will cost, by a trial step."""
+        if not self.exchange.computes:
+            item = int(self.folder.resolve("item", lambda: item_size(self.config)))
+            self.monitor.say(plan.serving(self.setup, self.state, item, self.folder))
+            return
         decided = plan.decide(self.setup, self.folder, self.exchange, self.state.step)
         self.setup = self.setup.compiled(decided.compile)
         self.compute = Compute(self.setup.method, decided.group, self.setup.device, self.setup.static)
@@ -123,7 +121,11 @@ class Trainer:
         """Meta-steps until config.steps; returns the name of the signal that ended it before, if one did."""
         state, due = self.state, self.config.run
         while state.step < self.config.steps:
+            before = state.step
             leave = self._step(stop)
+            if state.step == before:  # nothing came that could be applied, and there is no more time for it
+                self._save()
+                return stop.requested or "SIGTERM"
             if state.bad >= self.config.meta.max_bad:
                 self._roll_back()
             last = state.step == self.config.steps
@@ -146,7 +148,7 @@ class Trainer:
             self.config.tasks,
             lambda state, tasks: self.compute(state.phi, state.step, tasks),
             lambda state, total: state.apply(total),
-            stop.requested is not None,
+            lambda: stop.requested is not None,
         )
         spent = time.perf_counter() - began
         for name, value in (("step_s", spent), *self.compute.spent().items()):
@@ -163,14 +165,21 @@ class Trainer:
             )
         rollbacks, scale, skipped = state.rollbacks + 1, state.scale / 2, state.skipped
         failed = state.step
-        state.restore(*self.anchor)
+        self._restore(*self.anchor)
         state.rollbacks, state.scale, state.skipped, state.bad = rollbacks, scale, skipped, 0
-        self.anchor = (self.anchor[0], state.metadata())
+        self.anchor = (self.anchor[0], self._counters())
         self.monitor.say(f"rolled back from step {failed} to {state.step} after {self.config.meta.max_bad} bad steps; "
                          f"meta rate x {scale:g} from here on")  # fmt: skip
 
     def _snapshot(self) -> Snapshot:
-        return {k: v.detach().cpu().clone() for k, v in self.state.tensors().items()}, self.state.metadata()
+        return {k: v.detach().cpu().clone() for k, v in self.state.tensors().items()}, self._counters()
+
+    def _counters(self) -> dict[str, Any]:
+        return {**self.state.metadata(), "exchange": self.exchange.snapshot()}
+
+    def _restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        self.state.restore(tensors, counters)
+        self.exchange.restore(counters.get("exchange", {}))
 
     def _save(self) -> None:
         self._saved = time.monotonic()
@@ -205,7 +214,14 @@ class Trainer:
         values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
         values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist() if momenta is not None else [])}
         each = {k: v / max(self._since, 1) for k, v in self._seconds.items()}
-        each["exchange_s"] = max(0.0, each["step_s"] - each["compute_s"] - each["data_s"])
+        if self.exchange.computes:
+            each["exchange_s"] = max(0.0, each["step_s"] - each["compute_s"] - each["data_s"])
+        else:
+            each = {"step_s": each["step_s"]}
+        own, spreads = self.exchange.figures()
+        values |= own
+        for name, counts in spreads.items():
+            self.monitor.histogram(state.step, name, counts)
         values |= each | {"tasks_per_s": self.config.tasks / max(each["step_s"], 1e-9)}
         values["peak_memory_mb"] = peak_memory_mb(self.setup.device)
         self._seconds, self._since = {}, 0

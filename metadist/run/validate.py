@@ -3,7 +3,7 @@
 Design choices
 - Tables for what concerns one key, short functions for what concerns several. The first fault found is raised.
 - What needs the data (the number of classes) is ``validate_with_data``, called once they are loaded.
-- A key that the chosen method or network would not read, set to something, is refused rather than ignored.
+- Keys that the run would not read are metadist.run.unread's affair.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from metadist.config import Config, flatten
+from metadist.config import Config
 from metadist.errors import UserError, unknown
+from metadist.identity import flatten
 
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
@@ -52,7 +53,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.mixed": ("reverse", "forward"),
     "engine.dtype": ("float32", "float64"),
     "engine.precision": ("fp32", "tf32", "bf16"),
-    "exchange.name": ("allreduce",),
+    "exchange.name": ("allreduce", "server"),
+    "exchange.wire": ("full", "bfloat16"),
     "exchange.backend": ("auto", "gloo", "nccl"),
     "device": ("auto", "cpu", "cuda"),
     "cluster.name": ("slurm", "local", "print"),
@@ -65,16 +67,18 @@ AT_LEAST_1 = (
     "run.checkpoint_every", "run.keep", "run.log_every", "run.image_every", "data.size",
     "lower_bound.dimension", "lower_bound.samples", "lower_bound.trials",
     "cluster.nodes", "cluster.cpus_per_task", "cluster.timeout_min", "cluster.array_parallelism", "cluster.signal_delay_s",
+    "exchange.shards",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
     "meta.horizon", "meta.clip", "meta.max_rollbacks", "engine.group", "run.checkpoint_s", "run.anchor_every", "net.width",
     "net.depth", "data.split_seed", "cluster.tasks_per_node", "cluster.gpus_per_node", "cluster.mem_gb",
-    "cluster.max_num_timeout", "cluster.max_restarts",
+    "cluster.max_num_timeout", "cluster.max_restarts", "exchange.max_staleness", "exchange.damping", "exchange.batch",
+    "exchange.deadline_s", "exchange.item", "exchange.queue",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
-    "engine.memory_gb", "exchange.timeout_s",
+    "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
 )  # fmt: skip
 BELOW_1 = ("inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
@@ -101,6 +105,7 @@ def validate(config: Config, here: bool = True) -> None:
     _data_and_net(config)
     _meta(config)
     _machine(config)
+    _server(config)
     if here:
         _gpu(config)
 
@@ -116,27 +121,6 @@ def validate_with_data(config: Config, classes: int) -> None:
         given = getattr(config.method, key)
         if config.method.objective == "poison" and given >= classes:
             raise UserError(f"method.{key}={given} is no class of data={config.data.name}; allowed: 0 to {classes - 1}")
-
-
-def unread(config: Config, slurm: bool = False) -> dict[str, str]:
-    """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
-    method, inner, meta = config.method, config.inner, config.meta
-    belong = {
-        "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
-        "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
-        "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
-        "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum", "inner.learn_momentum"]),
-        "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
-        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
-        "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
-        "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
-        "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
-        "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
-    }
-    return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
-
-
-INTERFACE = ("exchange.interface",)  # on one machine the workers meet on loopback
 
 
 def _choices(leaves: dict[str, Any]) -> None:
@@ -228,11 +212,28 @@ def _machine(config: Config) -> None:
     engine = config.engine
     if config.run_dir == "":
         raise UserError("run_dir is empty; give a folder, or leave it out")
-    if config.workers > config.tasks:
+    if config.workers > config.tasks and config.exchange.name == "allreduce":
         raise UserError(f"workers={config.workers} is more than tasks={config.tasks}: a worker without a task has no work; "
                         f"give workers 1 to {config.tasks}, or more tasks")  # fmt: skip
     if engine.dtype == "float64" and engine.precision != "fp32":
         raise UserError(f"engine.precision={engine.precision} is for engine.dtype=float32; float64 is exact, use fp32")
+
+
+def _server(config: Config) -> None:
+    c, tasks = config.exchange, config.tasks
+    if c.name != "server":
+        return
+    if config.method.name == "lower_bound":
+        raise UserError("method=lower_bound takes a second on one core; leave exchange=server out")
+    batch = c.batch or tasks
+    for key, given, what in (("tasks", tasks, "a meta-step's tasks"), ("exchange.batch", batch, "the tasks a meta-step takes")):
+        if c.item and given % c.item:
+            raise UserError(f"exchange.item={c.item} does not divide {key}={given}, {what}; allowed: divisors of it, or 0")
+    if 0 < c.queue < -(-batch // (c.item or 1)):
+        raise UserError(f"exchange.queue={c.queue} holds less than a meta-step's gradients; give at least "
+                        f"{-(-batch // (c.item or 1))}, or 0")  # fmt: skip
+    if config.engine.dtype == "float64" and c.wire != "full":
+        raise UserError(f"exchange.wire={c.wire} is for engine.dtype=float32; float64 is exact, use full")
 
 
 def _gpu(config: Config) -> None:

@@ -42,13 +42,22 @@ Body = Callable[[RunFolder, int, int, str | None, Stop], dict[str, Any]]
 
 
 def train_rank(folder: RunFolder, rank: int, world: int, store: str | None, stop: Stop) -> dict[str, Any]:
-    """Connect to the other ranks and train; returns the trainer's summary."""
+    """Connect to the other ranks and train; returns the trainer's summary. With exchange=server this process is the server.
+
+    store: where the ranks meet, host:port; the host is the interface a server listens on.
+    """
     from metadist import exchange
+    from metadist.exchange.server import item_size
     from metadist.run import trainer
 
-    link = exchange.connect(folder.config, rank, world, store, folder.incarnation)
-    summary = trainer.train(folder.config, folder, link, stop)
-    link.close()
+    config, place = folder.config, None
+    if config.exchange.name == "server":
+        item = int(folder.resolve("item", lambda: item_size(config)))
+        ip = (store or "127.0.0.1:0").rsplit(":", 1)[0]
+        place = exchange.Place(folder.path, ip, item, folder.write, lambda text: print(text, flush=True))
+    link = exchange.connect(config, rank, world, store, folder.incarnation, place)
+    summary = trainer.train(config, folder, link, stop)
+    link.close(finished="stopped" not in summary)
     return summary
 
 
@@ -121,11 +130,12 @@ def main(arguments: list[str] | None = None, body: Body = train_rank) -> int:
             return execute(folder, rank, world, environ.get("METADIST_STORE"), stop, body)
         except Exception as e:
             status, text = describe(e)
-            _tell(status, text, rank_is_shown=environ.get("RANK", "0") == "0")
+            tell(status, text, rank_is_shown=environ.get("RANK", "0") == "0")
             return status
 
 
-def _tell(status: int, text: str, rank_is_shown: bool) -> None:
+def tell(status: int, text: str, rank_is_shown: bool) -> None:
+    """Report a fault to the launcher, if there is one; print it unless the launcher will (``rank_is_shown``)."""
     fault = os.environ.get("METADIST_FAULT_FD")
     if fault is not None:
         # CLOCK_MONOTONIC is one clock for all processes of a machine.

@@ -2,7 +2,7 @@
 
 from metadist.store.cache import cached
 from metadist.store.checkpoints import Checkpoints, Saved, claim
-from metadist.store.files import Torn, atomic_write, clean, disk_error, load_tensors, save_tensors
+from metadist.store.files import Torn, atomic_write, clean, disk_error, load_tensors, save_tensors, write_first
 
 __all__ = [
     "Checkpoints",
@@ -15,4 +15,5 @@ __all__ = [
     "disk_error",
     "load_tensors",
     "save_tensors",
+    "write_first",
 ]

@@ -75,8 +75,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write_flushed(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def _write_flushed(path: Path, data: bytes, mode: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         view = memoryview(data)
         while view:
@@ -86,9 +86,10 @@ def _write_flushed(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def atomic_write(path: Path | str, data: bytes) -> None:
+def atomic_write(path: Path | str, data: bytes, mode: int = 0o666) -> None:
     """Put ``data`` at ``path``, all of it or nothing; missing folders are made.
 
+    mode: the file's, less the umask, from its first byte on.
     Raises RunError (path, MB needed, mend) when the disk refuses; the old file is then intact and no temporary file is left.
     """
     path = Path(path)
@@ -97,7 +98,7 @@ def atomic_write(path: Path | str, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp.unlink(missing_ok=True)  # left by a dead process that had our number
-        _write_flushed(temp, data)
+        _write_flushed(temp, data, mode)
         temp.replace(path)
         _flush_folder(path.parent)
     except BaseException as e:
@@ -108,6 +109,28 @@ def atomic_write(path: Path | str, data: bytes) -> None:
         raise
     finally:
         _active.discard(temp)
+
+
+def write_first(path: Path, data: bytes, mode: int = 0o666) -> bool:
+    """Put ``data`` at ``path`` unless the name exists; whole or not at all. Returns whether it was ours."""
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.0{_TEMP}")  # the pattern clean() knows
+    atomic_write(draft, data, mode)
+    try:
+        os.link(draft, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: the check is then not atomic, the write still is
+        if path.exists():
+            return False
+        try:
+            draft.replace(path)
+        except OSError as e:
+            raise disk_error(path, len(data), e) from e
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _is_stale(temp: Path) -> bool:

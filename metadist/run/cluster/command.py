@@ -94,7 +94,7 @@ def slurm(argv: Sequence[str]) -> int:
 
 
 def _one(words: Sequence[str], config: Config) -> int:
-    from metadist.config import default_run_dir
+    from metadist.identity import default_run_dir
 
     place = Path(config.run_dir or default_run_dir(config)).expanduser().absolute()
     executor = Executor(place, config.cluster)

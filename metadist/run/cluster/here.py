@@ -10,8 +10,9 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from metadist.config import Config, default_run_dir
+from metadist.config import Config
 from metadist.errors import UserError
+from metadist.identity import default_run_dir
 from metadist.run.cluster import record
 from metadist.run.cluster.batch import LOGS, python_path
 from metadist.run.cluster.watch import POLL_S, Tail

@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from metadist.config import flatten
 from metadist.errors import UserError
+from metadist.identity import flatten
 from metadist.run.cluster import record
 from metadist.run.cluster.batch import LOGS
 from metadist.run.compose import Point

@@ -1,0 +1,67 @@
+"""What a server asks of its workers, and what a worker says of itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from metadist.exchange import wire
+from metadist.exchange.wire import Layout
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tasks to compute. phi: flat [P] as it came, on the CPU; step, first, count: which tasks."""
+
+    lease: int
+    version: int
+    phi: Tensor
+    step: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Networks to judge. phi: flat [P] in full precision; purpose: which held-out networks, ``all`` of them in number."""
+
+    lease: int
+    phi: Tensor
+    purpose: str
+    first: int
+    count: int
+    all: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Nothing more to do. why: the server's word: "finished"."""
+
+    why: str
+
+
+@dataclass
+class Settings:
+    """exchange.*: beat_s, patience_s, encrypt; label: this worker's name among the run's; patience counts from silence."""
+
+    label: str
+    encrypt: bool
+    beat_s: float
+    patience_s: float
+
+
+def facts(identity: str, layout: Layout, run: str, label: str, role: str = "worker") -> dict[str, Any]:
+    """What a hello says. identity: hash of the configuration; run: the secret's name for it."""
+    name = f"{label}@{socket.gethostname()}:{os.getpid()}"
+    return {
+        "protocol": wire.PROTOCOL,
+        "run": run,
+        "config": identity,
+        "layout": layout.digest,
+        "name": name,
+        "role": role,
+    }

@@ -1,0 +1,29 @@
+"""Keys that a run would not read: given by a user, they are refused rather than ignored."""
+
+from __future__ import annotations
+
+from metadist.config import Config
+from metadist.identity import SERVER, flatten
+
+
+def unread(config: Config, slurm: bool = False) -> dict[str, str]:
+    """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
+    method, inner, meta = config.method, config.inner, config.meta
+    belong = {
+        "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
+        "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
+        "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
+        "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum", "inner.learn_momentum"]),
+        "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
+        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
+        "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
+        "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
+        "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
+        "exchange=server": (config.exchange.name == "server", list(SERVER)),
+        "exchange=allreduce": (config.exchange.name == "allreduce", ["exchange.backend"]),
+        "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
+    }
+    return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
+
+
+INTERFACE = ("exchange.interface",)  # on one machine the workers meet on loopback
