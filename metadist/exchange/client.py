@@ -50,7 +50,7 @@ class Client:
         self._wake_r, self._wake_w = os.pipe()
         os.set_blocking(self._wake_r, False)
         os.set_blocking(self._wake_w, False)
-        self._running, self._bye = True, False
+        self._running = True
         self._pulling: float | None = None  # since when the main thread waits
         self._asked = False  # for what it waits for, on this connection
         self._session = 0  # of the connection: a lease of an earlier one is void
@@ -88,7 +88,6 @@ class Client:
 
     def close(self) -> None:
         """Say good-bye and end the thread."""
-        self._bye = True
         self._do(self._leave)
         self._thread.join(5.0)
 
@@ -107,7 +106,7 @@ class Client:
             self._inbox.put(e)
         finally:
             for line in self._lines:
-                line.close(500 if self._bye else 0)
+                line.close(500)
             self._context.term()
 
     def _turn(self) -> None:
@@ -133,14 +132,14 @@ class Client:
     def _keep(self) -> None:
         """Look for the server, say hello, beat, give up."""
         now, beat = time.monotonic(), self._settings.beat_s
-        silent = bool(self._lines) and now - min(line.heard for line in self._lines) > BEATS * beat
+        silent = any(now - line.heard > BEATS * beat for line in self._lines)
         if now - self._looked > (_LOOK_OPEN_S if self._open and not silent else _LOOK_S):
             self._looked = now
             found = find_server(self._run_dir)
             if found[1] and (found != self._addresses or silent):
                 self._connect(found)
-        beat_due = now - self._beaten > beat
-        self._beaten = now if beat_due else self._beaten
+        if beat_due := now - self._beaten > beat:
+            self._beaten = now
         for line in self._lines:
             if not line.open:
                 line.hello()
