@@ -198,6 +198,10 @@ class ClusterConfig:
     max_restarts: int = 3  # requeued so often after a worker was killed
     setup: list[str] = field(default_factory=list)  # shell lines before the workers start
     additional_parameters: dict[str, Any] = field(default_factory=dict)  # any other option of sbatch, {mail-type: END}
+    server_partition: str | None = None  # exchange=server: the server's, best one without preemption; null: partition
+    server_cpus: int = 2  # its CPU cores
+    server_mem_gb: float = 0.0  # its memory in GB; 0: the partition's default
+    server_timeout_min: int = 0  # its time limit; 0: timeout_min
     check_mount: bool = True  # refuse a run_dir on a mount that other machines can't see
     wait: bool = False  # stay, show progress, exit with the job's status
 

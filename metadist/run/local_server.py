@@ -102,6 +102,25 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def join(folder: RunFolder, count: int) -> int:
+    """Give a run's server, wherever it is, ``count`` workers of this machine; until they leave. Returns the exit status."""
+    crew = Crew(folder)
+    with Stop(on_request=crew.forward, on_abort=crew.kill):
+        try:
+            taken = [int(p.stem.removeprefix("log-rank")) for p in folder.path.glob("log-rank[0-9]*.txt")]
+            first = max([folder.config.workers, *taken]) + 1
+            for number in range(first, first + count):
+                crew.start(number)
+            while crew.members:
+                crew.look()
+                time.sleep(_POLL_S)
+        finally:
+            crew.kill()
+            for rank in crew.ranks.values():
+                rank.process.wait()
+    return verdict(crew.failed[:1], folder) if crew.failed else 0
+
+
 def launch(folder: RunFolder) -> int:
     """Run the server and ``workers`` workers; returns the run's exit status."""
     crew = Crew(folder)

@@ -19,7 +19,10 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
         "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
         "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
-        "exchange=server": (config.exchange.name == "server", list(SERVER)),
+        "exchange=server": (
+            config.exchange.name == "server",
+            [*SERVER, *(k for k in flatten(config) if k.startswith("cluster.server_"))],
+        ),
         "exchange=allreduce": (config.exchange.name == "allreduce", ["exchange.backend"]),
         "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
     }

@@ -67,13 +67,14 @@ AT_LEAST_1 = (
     "run.checkpoint_every", "run.keep", "run.log_every", "run.image_every", "data.size",
     "lower_bound.dimension", "lower_bound.samples", "lower_bound.trials",
     "cluster.nodes", "cluster.cpus_per_task", "cluster.timeout_min", "cluster.array_parallelism", "cluster.signal_delay_s",
-    "exchange.shards",
+    "exchange.shards", "cluster.server_cpus",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
     "meta.horizon", "meta.clip", "meta.max_rollbacks", "engine.group", "run.checkpoint_s", "run.anchor_every", "net.width",
     "net.depth", "data.split_seed", "cluster.tasks_per_node", "cluster.gpus_per_node", "cluster.mem_gb",
-    "cluster.max_num_timeout", "cluster.max_restarts", "exchange.max_staleness", "exchange.damping", "exchange.batch",
+    "cluster.max_num_timeout", "cluster.max_restarts", "cluster.server_mem_gb", "cluster.server_timeout_min",
+    "exchange.max_staleness", "exchange.damping", "exchange.batch",
     "exchange.deadline_s", "exchange.item", "exchange.queue",
 )  # fmt: skip
 POSITIVE = (

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
     end = _end(run_dir, slot, status)
     if end["reason"] in (FINISHED, REFUSED, FAILED):
         _compare(place)
+        _dismiss(run_dir)
         return int(end["status"])
     if scheduler.ask(slot.raw_job).restarts > slot.start:
         print(f"{end['reason']}; SLURM has started the job again already", flush=True)
@@ -59,9 +60,15 @@ def main(argv: list[str]) -> int:
     again, text = _decide(run_dir, slot, end)
     if not again:
         print(f"{text}; resume with: sbatch {place / 'cluster' / 'batch.sh'}", flush=True)
+        _dismiss(run_dir)
         return int(end["status"])
     print(f"{text} from step {end['step']}", flush=True)
-    return _requeue(run_dir, slot, place, int(end["status"]))
+    return requeue(slot, place / "cluster" / "batch.sh", int(end["status"]), limits(run_dir).signal_delay_s)
+
+
+def _dismiss(run_dir: Path) -> None:
+    """A server that has ended for good takes its workers along: they would wait for it, or start in vain."""
+    scheduler.cancel(*(str(job) for job in read(run_dir / "cluster" / "job.json").get("workers", [])))
 
 
 def _end(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def _reason(run_dir: Path, slot: Slot, status: int, began: bool) -> dict[str, An
         return {"reason": REFUSED if hard[0]["status"] == 2 else FAILED, "status": hard[0]["status"]}
     if status == WARNED:  # before rank 0 could listen
         seen, limit = scheduler.ask(slot.raw_job), os.environ.get("SLURM_JOB_END_TIME")
-        reason = why("SIGUSR2", seen, slot.start, _limits(run_dir).signal_delay_s, float(limit) if limit else None)
+        reason = why("SIGUSR2", seen, slot.start, limits(run_dir).signal_delay_s, float(limit) if limit else None)
         return {"reason": reason, "status": status}
     if status > 128 or status == LOST_STATUS or any(faults):
         return {"reason": LOST, "status": 1}
@@ -98,19 +105,20 @@ def _reason(run_dir: Path, slot: Slot, status: int, began: bool) -> dict[str, An
 
 
 def _decide(run_dir: Path, slot: Slot, end: dict[str, Any]) -> tuple[bool, str]:
-    cluster = _limits(run_dir)
+    cluster = limits(run_dir)
     own = [e for e in ends(run_dir, slot.job) if e.get("start", 0) != slot.start]
     return verdict(end["reason"], own, cluster.max_num_timeout, cluster.max_restarts)
 
 
-def _limits(run_dir: Path) -> ClusterConfig:
+def limits(run_dir: Path) -> ClusterConfig:
+    """The cluster's settings as the run has them."""
     return ClusterConfig(**read(run_dir / "config.json")["cluster"])
 
 
-def _requeue(run_dir: Path, slot: Slot, place: Path, status: int) -> int:
-    if trouble := scheduler.requeue(slot.raw_job, max(10.0, 0.5 * _limits(run_dir).signal_delay_s)):
-        print(f"error: SLURM refused to requeue it ({trouble}); resume with: sbatch {place / 'cluster' / 'batch.sh'}",
-              file=sys.stderr, flush=True)  # fmt: skip
+def requeue(slot: Slot, batch: Path, status: int, signal_delay_s: int) -> int:
+    """Have this job run again, as the last deed of its batch script; returns the exit status if it is not to be."""
+    if trouble := scheduler.requeue(slot.raw_job, max(10.0, 0.5 * signal_delay_s)):
+        print(f"error: SLURM refused to requeue it ({trouble}); resume with: sbatch {batch}", file=sys.stderr, flush=True)
         return 1
     time.sleep(_KILLED_SOON_S)
     return status

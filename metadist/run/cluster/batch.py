@@ -14,6 +14,7 @@ import io
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,40 @@ from metadist.errors import UserError
 LOGS = "cluster"  # folder in the run's (or the sweep's) folder
 
 
+@dataclass(frozen=True)
+class Role:
+    """What a batch file runs. program: of each task; after: the file's last line; file: where the text is kept."""
+
+    program: str = "metadist.run.cluster.rank"
+    after: str = "metadist.run.cluster.after"
+    file: str = "batch.sh"
+    suffix: str = ""
+    arguments: tuple[str, ...] = ()
+
+
+RUN = Role()
+
+
+def workers_role(number: int, first: int) -> Role:
+    """The ``number``-th array of a server's workers, whose first worker is the run's ``first``-th."""
+    program, after = "metadist.run.cluster.member", "metadist.run.cluster.after_member"
+    return Role(program, after, f"workers-{number}.sh", f"-workers-{number}", (str(first),))
+
+
 class Executor(SlurmExecutor):
     """submitit's, for a command instead of a function."""
 
-    def __init__(self, place: Path, cluster: ClusterConfig, count: int | None = None) -> None:
-        """place: the run's folder, or the sweep's; count: of its runs. UserError for what submitit or sbatch refuses."""
+    def __init__(self, place: Path, cluster: ClusterConfig, count: int | None = None, role: Role = RUN) -> None:
+        """place: the run's folder, or the sweep's; count: of an array's elements; role: what each of them runs.
+
+        UserError for what submitit or sbatch refuses.
+        """
         if "%" in str(place):
             raise UserError(f"run_dir={place} has a %, which sbatch would replace in the names of the logs; give one without")
         super().__init__(place / LOGS)
-        self._place = place
+        self._place, self._role = place, role
         try:
-            self.update_parameters(**parameters(place, cluster))
+            self.update_parameters(**parameters(place, cluster, role))
         except (ValueError, TypeError) as e:
             raise UserError(f"the batch file can't be made: {' '.join(str(e).split())}") from None
         if count is not None:
@@ -49,7 +73,7 @@ class Executor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return shlex.join([sys.executable, "-u", "-m", "metadist.run.cluster.rank", str(self._place)])
+        return shlex.join([sys.executable, "-u", "-m", self._role.program, str(self._place), *self._role.arguments])
 
     @property
     def text(self) -> str:
@@ -60,7 +84,7 @@ class Executor(SlurmExecutor):
         """Submit; the job's number. Raises UserError with the scheduler's reason if it refuses."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.folder.chmod(0o700)
-        (self.folder / "batch.sh").write_text(self.text)
+        (self.folder / self._role.file).write_text(self.text)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the exception, too
                 job = self._submit_command(self._submitit_command_str)
@@ -78,12 +102,12 @@ def _reason(text: str) -> str:
     return "; ".join(lines) or "sbatch gave no reason"
 
 
-def parameters(place: Path, cluster: ClusterConfig) -> dict[str, Any]:
+def parameters(place: Path, cluster: ClusterConfig, role: Role = RUN) -> dict[str, Any]:
     """submitit's parameters."""
     path = ":".join(python_path())
-    after = shlex.join([sys.executable, "-m", "metadist.run.cluster.after"])
+    after = shlex.join([sys.executable, "-m", role.after])
     given: dict[str, Any] = {
-        "job_name": f"metadist-{place.name}"[:60],
+        "job_name": f"metadist-{place.name}{role.suffix}"[-60:],
         "nodes": cluster.nodes,
         "ntasks_per_node": tasks_per_node(cluster),
         "cpus_per_task": cluster.cpus_per_task,

@@ -8,7 +8,11 @@
 
 Takes every key of launch/local.py, and those of the section `cluster` without its name: nodes gpus_per_node tasks_per_node
 cpus_per_task mem_gb timeout_min partition qos account constraint exclude array_parallelism signal_delay_s max_num_timeout
-max_restarts setup additional_parameters check_mount wait. The same command on a run folder resumes it.
+max_restarts setup additional_parameters check_mount wait server_partition server_cpus server_mem_gb server_timeout_min. The
+same command on a run folder resumes it. With exchange=server the server and its workers are jobs of their own:
+
+    python launch/slurm.py exchange=server nodes=8 gpus_per_node=1               a server, and an array of 8 workers
+    python launch/slurm.py join=true run_dir=runs/x workers=8                    8 more for it, at any time
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from metadist.config import ClusterConfig, Config
 from metadist.errors import UserError, unknown
 from metadist.run.cluster import record, scheduler
 from metadist.run.cluster.batch import LOGS, Executor, tasks_per_node
+from metadist.run.cluster.fleet import Fleet, join, joined, joining, submit
 from metadist.run.cluster.mounts import refuse_local
 from metadist.run.compose import compose, expand
 from metadist.run.folder import RunFolder
@@ -85,6 +90,8 @@ def slurm(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(flags):
         print(__doc__)
         return 0
+    if "join=true" in words:
+        return _join(words)
     if {"-m", "--multirun"} & set(flags):
         return _sweep(words)
     config = compose(translated(words), place_workers(words))
@@ -97,9 +104,9 @@ def _one(words: Sequence[str], config: Config) -> int:
     from metadist.identity import default_run_dir
 
     place = Path(config.run_dir or default_run_dir(config)).expanduser().absolute()
-    executor = Executor(place, config.cluster)
+    serving = config.exchange.name == "server"
     if config.cluster.name == "print":
-        sys.stdout.write(executor.text)
+        sys.stdout.write(Fleet(place, config.cluster).text if serving else Executor(place, config.cluster).text)
         return 0
     _ready(config.cluster)
     if config.cluster.check_mount:
@@ -113,12 +120,34 @@ def _one(words: Sequence[str], config: Config) -> int:
         return 0
     _free(place)
     folder.write_config()
-    job = executor.send()
-    record.write(place / LOGS / "job.json", {"job": job, "cluster": "slurm", "time": time.time(), "words": list(words)})
-    _sheet(job, place, words)
+    arrays: list[str] = []
+    if serving:
+        job, arrays = submit(place, config, words)
+    else:
+        job = Executor(place, config.cluster).send()
+        record.write(place / LOGS / "job.json", {"job": job, "cluster": "slurm", "time": time.time(), "words": list(words)})
+    _sheet(job, place, words, arrays)
     if not config.cluster.wait:
         return 0
     return _wait([(job, place, place / LOGS)])
+
+
+def _join(words: Sequence[str]) -> int:
+    folder, cluster = joining(words, sorted(OWN))
+    if cluster.name == "local":
+        from metadist.run.local_server import join as join_here
+
+        return join_here(folder, cluster.nodes * tasks_per_node(cluster))
+    fleet = join(folder, cluster)
+    if cluster.name == "print":
+        sys.stdout.write(fleet.workers.text)
+        return 0
+    _ready(cluster)
+    array = joined(folder, fleet)
+    print(f"submitted array {array}: {fleet.count} more workers for {folder.path}")
+    print(f"  logs           {folder.path / LOGS}/{array}_<element>_<rank>_log.out and .err")
+    print(f"  status         python launch/status.py run={folder.path}\n  cancel         scancel {array}")
+    return 0
 
 
 def _sweep(words: Sequence[str]) -> int:
@@ -126,6 +155,9 @@ def _sweep(words: Sequence[str]) -> int:
 
     points = expand(translated(words), place_workers(words))
     cluster = points[0].config.cluster
+    if points[0].config.exchange.name == "server" and cluster.name != "local":
+        raise UserError("-m submits one array, and each run of exchange=server is a job and an array of its own; "
+                        "submit a command for each")  # fmt: skip
     place, todo = sweep.plan(points)
     if cluster.name == "local":
         return _local(["-m", *words], points[0].config)
@@ -200,19 +232,20 @@ def _free(run_dir: Path) -> None:
                         f"python launch/status.py run={run_dir}, or scancel {known['job']} first")  # fmt: skip
 
 
-def _sheet(job: str, place: Path, words: Sequence[str]) -> None:
+def _sheet(job: str, place: Path, words: Sequence[str], arrays: Sequence[str] = ()) -> None:
     own = [w for w in words if not w.startswith("run_dir=")]
     where = str(place) if re.fullmatch(r"[\w./-]+", str(place)) else quoted(str(place))
     resume = shlex.join(["python", "launch/slurm.py", *own, *([] if "-m" in own else [f"run_dir={where}"])])
     logs = place / LOGS / (f"{job}_<run>_<rank>_log.out" if "-m" in own else f"{job}_<rank>_log.out")
-    print(f"submitted job {job}")
+    print(f"submitted job {job}{f', the server, and its workers, array {arrays[0]}' if arrays else ''}")
     for what, how in (
         ("run folder", place),
         ("logs", f"{logs} and .err"),
         ("status", f"python launch/status.py run={place}"),
         ("monitor", f"tensorboard --logdir {place if '-m' not in own else place.parent}"),
         ("resume", resume),
-        ("cancel", f"scancel {job}"),
+        *([("more workers", f"python launch/slurm.py join=true run_dir={where} workers=2")] if arrays else []),
+        ("cancel", f"scancel {' '.join((job, *arrays))}"),
     ):
         print(f"  {what:<14} {how}", flush=True)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 import struct
 
 from metadist.errors import UserError
+from metadist.run.cluster import scheduler
 
 _SIOCGIFADDR = 0x8915
 
@@ -48,6 +50,23 @@ def own_address(interface: str | None) -> str:
             probe.connect((other, 9))  # sends nothing: asks the routing table
             return str(probe.getsockname()[0])
     return "127.0.0.1"
+
+
+def server_address(interface: str | None) -> str:
+    """The address under which jobs on other nodes reach this one: as the scheduler itself does.
+
+    interface: its name, or null. UserError for a name that is none.
+    """
+    if interface is not None:
+        return own_address(interface)
+    known = interfaces()
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    _, text = scheduler.run("scontrol", "show", "node", "-o", node)
+    found = re.search(r"\bNodeAddr=(\S+)", text)
+    with contextlib.suppress(OSError):
+        if found and (address := socket.gethostbyname(found[1])) in known.values():
+            return address
+    return next((address for name, address in known.items() if not name.startswith("lo")), "127.0.0.1")
 
 
 def choose_interface(interface: str | None) -> None:

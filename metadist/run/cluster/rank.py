@@ -44,16 +44,21 @@ def main(argv: list[str]) -> int:
 
 
 def _run(run_dir: Path, slot: Slot, stop: Stop) -> int:
-    from metadist.run.cluster.network import choose_interface
+    from metadist.run.cluster.network import choose_interface, server_address
     from metadist.run.folder import RunFolder
     from metadist.run.worker import execute
 
     seen = RunFolder.attach(run_dir)
-    _placed(slot)
+    place(slot)
     if slot.world > 1:
         choose_interface(seen.config.exchange.interface)
     store = None
-    if slot.rank == 0:
+    if slot.rank == 0 and seen.config.exchange.name == "server":
+        folder = RunFolder.open(seen.config)
+        _own(run_dir, slot)
+        where: str | None = f"{server_address(seen.config.exchange.interface)}:0"  # the port is the kernel's affair
+        write(slot.meet(run_dir), {"incarnation": folder.incarnation, "store": where, "time": time.time()})
+    elif slot.rank == 0:
         folder = RunFolder.open(seen.config)
         where, store = _host(slot, seen.config.exchange.interface)
         _own(run_dir, slot)
@@ -71,7 +76,8 @@ def _run(run_dir: Path, slot: Slot, stop: Stop) -> int:
     return status
 
 
-def _placed(slot: Slot) -> None:
+def place(slot: Slot) -> None:
+    """Say which of the node's GPUs is this rank's."""
     own = any(f"SLURM_{name}" in os.environ for name in ("GPUS_PER_TASK", "TRES_PER_TASK"))  # a rank sees its own GPU only
     os.environ["LOCAL_RANK"] = "0" if own else str(slot.local_rank)
     os.environ["LOCAL_WORLD_SIZE"] = "1" if own else str(slot.local_world)
@@ -113,7 +119,7 @@ def _farewell(slot: Slot, where: str | None, store: Any) -> None:
     import contextlib
     from datetime import timedelta
 
-    if where is None:
+    if where is None or slot.world == 1:
         return
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 

@@ -85,6 +85,11 @@ class Slot:
         return run_dir / "cluster" / f"fault-{self.job}-{self.start}-{rank}.json"
 
 
+def left_path(run_dir: Path, slot: Slot) -> Path:
+    """Where a worker of a server says which signal ended it."""
+    return run_dir / "cluster" / f"left-{slot.job}-{slot.start}.json"
+
+
 def end_path(run_dir: Path, incarnation: int, suffix: str = "") -> Path:
     """How a start ended; with a suffix, one that ended before it had claimed an incarnation."""
     return run_dir / "ends" / f"{incarnation:04d}{suffix}.json"

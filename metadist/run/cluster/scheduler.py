@@ -60,6 +60,18 @@ def ask(job: str) -> Job:
     return Job(rows[-1][1].split()[0], _status(rows[-1][2]), rows[-1][3])
 
 
+def active(array: str) -> int:
+    """Elements of an array that have not ended; 0 if nobody knows it or nobody answers."""
+    code, text = run("scontrol", "show", "job", "-o", array)
+    return 0 if code else sum(not parse(line).final for line in text.splitlines() if "JobState=" in line)
+
+
+def cancel(*jobs: str) -> None:
+    """End jobs and arrays, if they are there."""
+    if jobs:
+        run("scancel", *jobs)
+
+
 def parse(line: str) -> Job:
     """A line of `scontrol show job -o`."""
     found = dict(re.findall(r"(\S+?)=(.*?)(?=\s+[\w:/]+=|\s*$)", line))

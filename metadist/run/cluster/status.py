@@ -108,6 +108,25 @@ def show(found: Sequence[Status]) -> str:
     return table(header, rows)
 
 
+def roster(run_dir: Path) -> dict[str, Any]:
+    """What a parameter server last said of itself and its workers; {} if the run has none."""
+    return record.read(run_dir / "exchange" / "workers.json")
+
+
+def show_workers(serving: dict[str, Any]) -> str:
+    """The table of a server's workers, under a line of its own figures."""
+    header = ("worker", "tasks", "accepted", "stale", "duplicate", "refused", "busy %", "pull ms", "push ms", "heard")
+    rows = [
+        (w["worker"], *(str(w[k]) for k in ("tasks", "accepted", "stale", "duplicate", "refused")), percent(w["utilisation"]),
+         *("-" if w[k] is None else f"{w[k]:.1f}" for k in ("pull_ms", "push_ms")), f"{duration(w['silent_s'])} ago")
+        for w in serving["workers"]
+    ]  # fmt: skip
+    counts = "  ".join(f"{k} {v}" for k, v in sorted(serving["counts"].items()))
+    when = duration(max(0.0, time.time() - serving["time"]))
+    head = f"server, {when} ago: version {serving['version']}  queued {serving['queued']}  {counts}"
+    return f"{head}\n{table(header, rows)}" if rows else f"{head}\nno worker is here"
+
+
 def main(argv: Sequence[str]) -> int:
     """``launch/status.py``. Raises UserError for a wrong word or place."""
     if {"-h", "--help"} & set(argv):
@@ -123,9 +142,11 @@ def main(argv: Sequence[str]) -> int:
     sweep = sweep_runs(place)
     found = [status(folder) for folder in ([] if none else sweep or find([str(place)]))]
     if options.get("json") == "true":
-        print(json.dumps([asdict(s) for s in found], indent=1))
+        print(json.dumps([{**asdict(s), "server": roster(Path(s.run))} for s in found], indent=1))
         return 0
     print(f"no runs yet under {place.absolute()}" if none else show(found))
+    if len(found) == 1 and (serving := roster(Path(found[0].run))):
+        print(f"\n{show_workers(serving)}")
     if sweep:
         print(f"\n{text(place)}")
     return 0
