@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,30 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def assert_joined(words: list[str], place: Path) -> None:
+    """The command for more workers, beside a server that has one: it stays until the run is finished."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place)}
+    serving = ["exchange=server", "workers=1", "steps=1500", "smoke=true", "threads=1", "run_dir=runs/served"]
+    run = [sys.executable, str(ROOT / "launch" / "local.py"), *serving]
+    log = place / "served.log"
+    with log.open("w") as out, subprocess.Popen(run, cwd=place, env=environ, stdout=out) as server:
+        while "step 1/" not in log.read_text():
+            assert server.poll() is None
+            time.sleep(0.1)
+        command = [sys.executable, str(ROOT / words[1]), *(w.replace("runs/x", "runs/served") for w in words[2:])]
+        done = subprocess.run(command, cwd=place, env=environ, capture_output=True, text=True, timeout=300)
+        server.wait(timeout=120)
+    assert done.returncode == 0 and server.returncode == 0, done.stderr
+    taken = json.loads((place / "runs/served/summary.json").read_text())["workers"]
+    assert taken == 3
+
+
 @pytest.mark.parametrize("line", programs())
 def test_program(line: str, place: Path) -> None:
     words = in_small(shlex.split(line))
+    if "join=true" in words:
+        assert_joined(words, place)
+        return
     if REAL is None and any("mnist" in w or "cifar" in w for w in words):
         pytest.skip("needs $METADIST_DATA, a folder with torchvision's data sets")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place)}

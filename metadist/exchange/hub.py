@@ -151,6 +151,7 @@ class Hub:
             if record is not None:
                 self._recorded = time.monotonic()
                 self._record(record)
+        self._record(self._state())
 
     def _state(self) -> dict[str, Any]:
         ledger = self.ledger

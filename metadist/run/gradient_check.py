@@ -1,7 +1,8 @@
 """The bias of a run's meta-gradient: as configured, against the exact one.
 
 Exact means: float64, full precision, every inner step differentiated. Both see the same meta-parameters, tasks, initial weights
-and real images and take the meta-loss at the same steps (a window's own end); what differs is truncation and arithmetic.
+and real images and take the meta-loss at the same steps (a window's own end). What differs is truncation and arithmetic, and
+what a server's narrow wire (exchange.wire) rounds away.
 """
 
 from __future__ import annotations
@@ -107,4 +108,12 @@ def check(folder: RunFolder, config: Config) -> tuple[int, list[Bias]]:
     setup = build(config)
     phi, step = state_of(folder, setup)
     right = gradient(exact(setup), {k: v.to(torch.float64) for k, v in phi.items()}, step)
-    return step, compare(gradient(setup, phi, step), right)
+    given = gradient(setup, as_on_the_wire(phi, config), step)
+    return step, compare(as_on_the_wire(given, config), right)
+
+
+def as_on_the_wire(values: Phi, config: Config) -> Phi:
+    """Parameters or gradients as they come out of exchange.wire: rounded, if it is narrower than the numbers."""
+    if config.exchange.name != "server" or config.exchange.wire == "full":
+        return values
+    return {k: v.to(torch.bfloat16).to(v.dtype) for k, v in values.items()}

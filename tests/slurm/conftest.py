@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, why_not
+from launcher import Launcher
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +29,8 @@ def _leave_it_idle(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "cluster" in request.fixturenames:
         request.getfixturevalue("cluster").idle()
+
+
+@pytest.fixture
+def launch(cluster: Cluster, tmp_path: Path) -> Launcher:
+    return Launcher(cluster, tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from test_slurm import Launcher
+from launcher import Launcher
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 SECTION = README.split("## On SLURM")[1].split("\n## ")[0]
