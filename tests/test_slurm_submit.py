@@ -406,3 +406,123 @@ def test_what_only_this_machine_sees_is_refused(path: str, why: str) -> None:
     with pytest.raises(UserError) as caught:
         refuse_local(Path(path), MOUNTS)
     assert f"run_dir={path} can't be seen by the nodes ({why})" in str(caught.value)
+
+
+# --- a server and its workers -------------------------------------------------------------------------------------------------
+
+SERVED = ["exchange=server", "nodes=3", "tasks_per_node=2", "gpus_per_node=2", "cpus_per_task=4", "partition=main", "run_dir=x"]
+
+
+def array_of_two(slurm: Programs) -> None:
+    """sbatch gives one number after another and keeps what it received under it."""
+    count = "n=$(/bin/cat n 2>/dev/null || echo 4710); n=$((n + 1)); echo $n > n"
+    slurm.put("sbatch", f'{count}; /bin/cp "$1" {slurm.place}/received-$n; echo Submitted batch job $n')
+
+
+def test_a_server_is_a_job_and_its_workers_an_array(slurm: Programs) -> None:
+    array_of_two(slurm)
+    words = [*SERVED, "server_partition=high", "server_cpus=3", "server_mem_gb=2", "server_timeout_min=600"]
+    printed = slurm(*words, "cluster=print").out
+    sent = slurm(*words)
+    assert sent.code == 0, sent.err
+    server, workers = ((slurm.place / f"received-{n}").read_text() for n in (4711, 4712))
+    assert printed == f"# the server\n{server}\n# its workers\n{workers}"
+    for line in ("nodes=1", "ntasks-per-node=1", "cpus-per-task=3", "partition=high", "mem=2048MB", "time=600"):
+        assert f"#SBATCH --{line}\n" in server
+    assert "gpus" not in server and "array" not in server and "-m metadist.run.cluster.rank " in server
+    for line in (
+        "array=0-2%3",
+        "nodes=1",
+        "ntasks-per-node=2",
+        "cpus-per-task=4",
+        "gpus-per-node=2",
+        "partition=main",
+        "time=60",
+    ):
+        assert f"#SBATCH --{line}\n" in workers
+    place = slurm.place / "x"
+    assert f"-m metadist.run.cluster.member {place} 1\n" in workers
+    assert f"-m metadist.run.cluster.after_member $? {place}\n" in workers
+    assert sent.out.startswith("submitted job 4711, the server, and its workers, array 4712\n")
+    assert "scancel 4711 4712\n" in sent.out and f"join=true run_dir={place} workers=2\n" in sent.out
+    known = json.loads((place / "cluster/job.json").read_text())
+    assert (known["job"], known["workers"], known["last"]) == ("4711", ["4712"], 6)
+    assert json.loads((place / "config.json").read_text())["workers"] == 6
+    assert (place / "cluster/batch.sh").read_text() == server and (place / "cluster/workers-1.sh").read_text() == workers
+
+
+def test_a_server_without_workers_is_taken_back(slurm: Programs) -> None:
+    slurm.put(
+        "sbatch", "/bin/grep -q array $1 && { echo 'sbatch: error: no such array' >&2; exit 1; }; echo Submitted batch job 4711"
+    )
+    slurm.put("scancel", "exit 0")
+    done = slurm(*SERVED)
+    assert done.code == 2 and "no such array" in done.err and "scancel 4711" in slurm.asked
+
+
+def test_workers_that_are_there_still_are_not_submitted_again(slurm: Programs) -> None:
+    array_of_two(slurm)
+    assert slurm(*SERVED).code == 0
+    gone, there = shown("CANCELLED"), shown("RUNNING")
+    slurm.put("scontrol", f"case $4 in 4711) echo '{gone}';; 4712) echo '{there}'; echo '{gone}';; esac")
+    again = slurm(*SERVED)
+    assert again.code == 0 and again.out.startswith("submitted job 4713, the server, and its workers, array 4712\n")
+    slurm.put("scontrol", f"echo '{gone}'")
+    assert slurm(*SERVED).out.startswith("submitted job 4714, the server, and its workers, array 4715\n")
+
+
+def test_more_workers_join(slurm: Programs) -> None:
+    array_of_two(slurm)
+    assert slurm(*SERVED).code == 0
+    asked = ["join=true", "run_dir=x", "workers=4", "partition=high", "additional_parameters={nice: 7}"]
+    printed = slurm(*asked, "cluster=print").out
+    joined = slurm(*asked)
+    assert joined.code == 0, joined.err
+    assert joined.out.startswith(f"submitted array 4713: 4 more workers for {slurm.place}/x\n")
+    text = (slurm.place / "received-4713").read_text()
+    assert text == printed == (slurm.place / "x/cluster/workers-2.sh").read_text()
+    for line in (
+        "array=0-1%2",
+        "nodes=1",
+        "ntasks-per-node=2",
+        "cpus-per-task=4",
+        "gpus-per-node=2",
+        "partition=high",
+        "nice=7",
+    ):
+        assert f"#SBATCH --{line}\n" in text
+    assert f"-m metadist.run.cluster.member {slurm.place}/x 7\n" in text
+    known = json.loads((slurm.place / "x/cluster/job.json").read_text())
+    assert (known["job"], known["workers"], known["last"]) == ("4711", ["4712", "4713"], 10)
+    assert "-m metadist.run.cluster.member" in slurm("join=true", "run_dir=x", "nodes=1", "cluster=print").out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("join=true workers=2", "join=true needs run_dir="),
+        ("join=true run_dir=y workers=2", "is no run folder"),
+        ("join=true run_dir=x workers=3", "workers=3 is no multiple of tasks_per_node=2; give 2, 4, ..."),
+        ("join=true run_dir=x workers=two", "workers=two is no multiple"),
+        ("join=true run_dir=x workers=2 nodes=2", "workers=2 contradicts nodes=2 x tasks_per_node=2; leave one of them out"),
+        ("join=true run_dir=x workers=2 seed=3", "seed can't be given with join=true"),
+        ("join=true run_dir=x workers=2 partition=mian", "partition=mian is unknown; did you mean main?"),
+        ("join=true run_dir=x workers=2 cpus_per_task=0", "cluster.cpus_per_task=0 is out of range"),
+        ("join=true run_dir=x cluster=slrum", "cluster=slrum is unknown"),
+        ("exchange=server -m seed=1,2", "submit a command for each"),
+        ("server_cpus=2", "cluster.server_cpus is not read by this run: it belongs to exchange=server"),
+    ],
+)
+def test_mistakes_with_a_server(words: str, text: str, slurm: Programs) -> None:
+    assert slurm(*SERVED).code == 0
+    before = (slurm.place / "received").read_bytes()
+    done = slurm(*words.split(), mount="join" in words)
+    assert (done.code, done.out) == (2, "") and text in done.err and done.err.count("\n") == 1, done.err
+    assert (slurm.place / "received").read_bytes() == before
+
+
+def test_only_a_server_that_is_not_finished_takes_workers(slurm: Programs) -> None:
+    assert slurm("run_dir=plain").code == 0 and slurm(*SERVED).code == 0
+    assert "only a server takes workers" in slurm("join=true", "run_dir=plain", "workers=1", mount=True).err
+    (slurm.place / "x/summary.json").write_text(json.dumps({"steps": 400, "finished": True, "text": ""}))
+    assert "is finished; there is nothing to join" in slurm("join=true", "run_dir=x", "workers=2", mount=True).err

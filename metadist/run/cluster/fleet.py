@@ -93,10 +93,11 @@ def joining(words: Sequence[str], own: Sequence[str]) -> tuple[RunFolder, Cluste
     if folder.finished is not None:
         raise UserError(f"run_dir={folder.path} is finished; there is nothing to join")
     keys = [w for w in words if w.partition("=")[0].partition(".")[0] in own]
-    asked = compose([f"cluster.{w}" for w in keys], lambda config: None).cluster
+    where = [f"cluster={given['cluster']}"] if "cluster" in given else []
+    asked = compose([*where, *(f"cluster.{w}" for w in keys)], lambda config: None).cluster
     changed = {k.partition("=")[0].partition(".")[0] for k in keys}
     cluster = dataclasses.replace(folder.config.cluster, **{k: getattr(asked, k) for k in changed})
-    cluster.name = given.get("cluster", "slurm")
+    cluster.name = asked.name
     return folder, _sized(cluster, given)
 
 
