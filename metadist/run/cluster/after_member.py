@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     end = {**_reason(run_dir, slot, status), "job": slot.job, "start": slot.start, "time": time.time()}
     if end["reason"] == FINISHED:
         return 0
-    before = [read(p) for p in sorted((run_dir / "cluster").glob(f"end-{slot.job}-*.json"))]
+    ends = [read(p) for p in sorted((run_dir / "cluster").glob(f"end-{slot.job}-*.json"))]
+    before = [e for e in ends if e.get("start") != slot.start]
     write(run_dir / "cluster" / f"end-{slot.job}-{slot.start}.json", end)
     if scheduler.ask(slot.raw_job).restarts > slot.start:
         print(f"{end['reason']}; SLURM has started it again already", flush=True)
