@@ -57,14 +57,19 @@ def item_size(config: Config) -> int:
     if config.exchange.item:
         return config.exchange.item
     share = -(-config.tasks // max(config.workers, 1))
-    common = math.gcd(config.tasks, config.exchange.batch or config.tasks)
+    common = math.gcd(config.tasks, batch_of(config))
     return max(d for d in range(1, common + 1) if common % d == 0 and d <= share)
+
+
+def batch_of(config: Config) -> int:
+    """Tasks of a meta-step's update."""
+    return (config.exchange.batch if config.exchange.name == "server" else 0) or config.tasks
 
 
 def plan_of(config: Config, item: int, gradient_bytes: int) -> Plan:
     """The ledger's sizes."""
     c = config.exchange
-    batch = c.batch or config.tasks
+    batch = batch_of(config)
     room = c.queue or max(4, min(QUEUE_MOST, int(QUEUE_BYTES / gradient_bytes)))
     return Plan(config.steps * batch // item, config.tasks, item, batch, c.max_staleness, max(room, 2 * batch // item))
 

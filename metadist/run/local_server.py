@@ -16,6 +16,7 @@ import threading
 import time
 
 from metadist.errors import RunError
+from metadist.run.environment import cores
 from metadist.run.folder import RunFolder
 from metadist.run.local import WORKER, Rank, verdict
 from metadist.run.signals import Stop
@@ -30,9 +31,9 @@ _LEAVE_S = 15.0  # workers' time to leave after the server has ended
 class Crew:
     """The processes of one run. Rank 0 is the server."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Start them."""
-        self.folder, self.count = folder, threads(folder, folder.config.workers)
+    def __init__(self, folder: RunFolder, count: int) -> None:
+        """count: threads of each. Nothing is started yet."""
+        self.folder, self.count = folder, count
         self.lock = threading.Lock()
         self.ranks: dict[int, Rank] = {}
         self._tries: dict[int, int] = {}
@@ -104,7 +105,7 @@ def _say(text: str) -> None:
 
 def join(folder: RunFolder, count: int) -> int:
     """Give a run's server, wherever it is, ``count`` workers of this machine; until they leave. Returns the exit status."""
-    crew = Crew(folder)
+    crew = Crew(folder, folder.config.threads or max(1, cores() // count))
     with Stop(on_request=crew.forward, on_abort=crew.kill):
         try:
             taken = [int(p.stem.removeprefix("log-rank")) for p in folder.path.glob("log-rank[0-9]*.txt")]
@@ -123,7 +124,7 @@ def join(folder: RunFolder, count: int) -> int:
 
 def launch(folder: RunFolder) -> int:
     """Run the server and ``workers`` workers; returns the run's exit status."""
-    crew = Crew(folder)
+    crew = Crew(folder, threads(folder, folder.config.workers))
     with Stop(on_request=crew.forward, on_abort=crew.kill):
         try:
             for number in range(folder.config.workers + 1):

@@ -123,7 +123,7 @@ def _judge(what: Judge, setup: Setup, layout: Layout) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one worker as the environment says; returns its exit status."""
-    from metadist.run.worker import describe, die_with, tell, threads
+    from metadist.run.worker import describe, die_with, tell
 
     environ = os.environ
     if "METADIST_LAUNCHER" in environ:
@@ -139,7 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held back by the launcher until now
         try:
             folder = RunFolder.attach(Path((sys.argv[1:] if arguments is None else arguments)[0]))
-            torch.set_num_threads(threads(folder, folder.config.workers))
+            if folder.config.threads:  # else what the launcher put into OMP_NUM_THREADS
+                torch.set_num_threads(folder.config.threads)
             return serve(folder, environ.get("METADIST_LABEL", "1"), clients.append)
         except Exception as e:
             status, text = describe(e)

@@ -17,6 +17,7 @@ import torch
 from metadist.errors import UserError
 from metadist.exchange import Exchange
 from metadist.exchange.allreduce import share
+from metadist.exchange.server import batch_of
 from metadist.metagrad.execution import compiler_at_hand
 from metadist.metagrad.memory import LiveBytes, group_size
 from metadist.run import judge
@@ -50,7 +51,7 @@ def decide(setup: Setup, folder: RunFolder, exchange: Exchange, step: int) -> De
 def decide_for_server(setup: Setup, folder: RunFolder, item: int) -> Decisions:
     """The same for a worker of a server, which computes ``item`` tasks at once; the first of a kind of device resolves it."""
     config, kind = setup.config, setup.device.type
-    rounds = config.steps * (config.exchange.batch or config.tasks) // (item * max(config.workers, 1))
+    rounds = config.steps * batch_of(config) // (item * max(config.workers, 1))
     return _decide(setup, folder, item, rounds, f"group-server-{kind}", f"compile-server-{kind}", anyone=True)
 
 
@@ -101,7 +102,7 @@ def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
 def serving(setup: Setup, state: MetaState, item: int, folder: RunFolder) -> str:
     """What a server says before it serves; what a meta-step takes depends on the workers that come."""
     config, left = setup.config, setup.config.steps - state.step
-    batch = config.exchange.batch or config.tasks
+    batch = batch_of(config)
     size = sum(p.numel() * p.element_size() for p in state.phi.values()) / 1e6
     return (
         f"this run: {left} meta-steps of {batch} tasks through a parameter server, {item} handed out at once, at most "

@@ -21,7 +21,7 @@ from torch import Tensor
 from metadist.config import Config
 from metadist.errors import RunError
 from metadist.exchange import Exchange
-from metadist.exchange.server import item_size
+from metadist.exchange.server import batch_of, item_size
 from metadist.run import finish, judge, plan
 from metadist.run.compute import Compute
 from metadist.run.cost import peak_memory_mb
@@ -222,7 +222,7 @@ class Trainer:
         values |= own
         for name, counts in spreads.items():
             self.monitor.histogram(state.step, name, counts)
-        values |= each | {"tasks_per_s": self.config.tasks / max(each["step_s"], 1e-9)}
+        values |= each | {"tasks_per_s": batch_of(self.config) / max(each["step_s"], 1e-9)}
         values["peak_memory_mb"] = peak_memory_mb(self.setup.device)
         self._seconds, self._since = {}, 0
         self.monitor.log(state.step, {k: v for k, v in values.items() if math.isfinite(v) or k in ("meta_loss", "grad_norm")})
