@@ -84,7 +84,7 @@ class Server:
         self.config, self.incarnation, self.place = config, incarnation, place
         self._hub: Hub | None = None
         self._shards: Shards | None = None
-        self._known: dict[str, Any] | None = None
+        self._known: dict[str, Any] = {"item": place.item, "low": 0, "done": []}
         self._stop: Callable[[], bool] = lambda: False
 
     @property
@@ -211,8 +211,8 @@ class Server:
 
     def restore(self, record: dict[str, Any]) -> None:
         """Go on from a snapshot: of a checkpoint, or of the anchor that a roll-back returns to."""
-        self._known = record.get("ledger")
-        if self._hub is not None and self._known is not None:
+        self._known = record["ledger"]
+        if self._hub is not None:
             with self._hub.changed:
                 self._hub.drops += self._hub.ledger.restore(self._known)
 
@@ -251,8 +251,7 @@ class Server:
         longest = layout.size * layout.dtype.itemsize
         plan = plan_of(self.config, place.item, layout.size * layout.wire.itemsize)
         ledger = Ledger(plan)
-        if self._known is not None:
-            ledger.restore(self._known)
+        ledger.restore(self._known)
         if c.shards > 1:
             self._shards = Shards(c.shards, place.ip, secret, c.encrypt, facts, layout, 2 * plan.queue + 256)
         door = Door(place.ip, secret, c.encrypt, facts, longest, place.say)
