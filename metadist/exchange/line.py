@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import time
 from collections.abc import Iterator
@@ -56,9 +55,9 @@ class Line:
         """Say hello, at most once a second, until the line is open."""
         if self.open or time.monotonic() - self._said < _HELLO_S:
             return
-        self._said = time.monotonic()
         data = wire.dump({**self._facts, "k": "hello", "nonce": self._word})
-        self._send([data, wire.seal(self._token, data)])
+        if self._send([data, wire.seal(self._token, data)]):
+            self._said = time.monotonic()
 
     def send(self, header: Header, content: Any = None) -> None:
         """A sealed message; ``content``: a buffer, sent without a copy."""
@@ -67,9 +66,12 @@ class Line:
         frames: list[Any] = [data, wire.seal(self._key, data)]
         self._send([*frames, content] if content is not None else frames)
 
-    def _send(self, frames: list[Any]) -> None:
-        with contextlib.suppress(zmq.Again):  # the server is away: whoever waits for its answer will notice
+    def _send(self, frames: list[Any]) -> bool:
+        try:
             self.socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=len(frames) < 3)
+        except zmq.Again:  # the server is away: whoever waits for its answer will notice
+            return False
+        return True
 
     def messages(self) -> Iterator[tuple[Header, Any]]:
         """All that has come in order: header, block (a buffer or None). What is not the server's is dropped."""
