@@ -3,7 +3,8 @@
 Design choices
 - CURVE (exchange.encrypt) proves both sides at the handshake. Without it the token does, by seals: it never travels itself.
 - Who has not said hello in order is nobody, and nothing is kept of what he sends. The longest message is known beforehand:
-  libzmq drops a connection that announces a longer one before it makes room for it.
+  libzmq drops a connection that announces a longer one before it makes room for it. (It keeps the parts of a message until
+  the last one has come: on an open line, without encryption, a stranger who never ends one does take memory.)
 - A refusal is told to the sender where that helps him, counted, and logged once for each reason.
 """
 
@@ -45,9 +46,10 @@ class Peer:
     key: bytes
     heard: float
     proven: bool = False  # has sealed a message: a hello alone could have been overheard
+    word: str = ""  # his hello's, and ours to it: a hello said twice gets the same answer
+    own: str = ""
     received: int = 0  # number of his last message
     sent: int = 0
-    file: int = -1
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,6 +81,7 @@ class Door:
         self.refusals: Counter[str] = Counter()
         self.peers: OrderedDict[bytes, Peer] = OrderedDict()
         self._strangers: set[int] = set()  # connections that have shown nothing yet
+        self._friends: set[int] = set()  # and those that have
         self._gate: ThreadAuthenticator | None = None
         for option, value in (
             (zmq.MAXMSGSIZE, longest + wire.MAX_HEADER),
@@ -132,7 +135,7 @@ class Door:
             try:
                 found = self._one(frames)
             except Malformed as e:
-                self.refuse(f"a malformed message ({e})", frames)
+                self.refuse("a malformed message", frames, detail=str(e))
                 continue
             if found is not None:
                 yield found
@@ -146,7 +149,8 @@ class Door:
         if header.get("k") == "hello":
             if wire.sealed(self._token, data, given):
                 self._strangers.discard(file)
-                self._hello(routing, header, frames, file)
+                self._friends.add(file)
+                self._hello(routing, header, frames)
             else:
                 self.refuse("a hello without the run's token", frames)
             return None
@@ -163,7 +167,7 @@ class Door:
         peer.received, peer.proven, peer.heard = header["n"], True, time.monotonic()
         return peer, header, frames[3].buffer if len(frames) == 4 else None
 
-    def _hello(self, routing: bytes, header: Header, frames: list[Any], file: int) -> None:
+    def _hello(self, routing: bytes, header: Header, frames: list[Any]) -> None:
         word, name = wire.text(header, "nonce"), wire.text(header, "name")
         wrong = next((key for key in REASONS if header.get(key) != self._facts[key]), None)
         if wrong is not None:
@@ -171,10 +175,12 @@ class Door:
             answer = wire.dump({"k": "refused", "why": REASONS[wrong], "to": word})
             self._send([routing, answer, wire.seal(self._token, answer)])
             return
-        own = secrets.token_hex(16)
-        key = wire.session_key(self._token, word, own)
-        self.peers[routing] = Peer(routing, name, wire.text(header, "role"), key, time.monotonic(), file=file)
-        self._prune()
+        known = self.peers.get(routing)
+        own = known.own if known is not None and known.word == word else secrets.token_hex(16)
+        if known is None or known.own != own:
+            key, role = wire.session_key(self._token, word, own), wire.text(header, "role")
+            self.peers[routing] = Peer(routing, name, role, key, time.monotonic(), word=word, own=own)
+            self._prune()
         answer = wire.dump({"k": "welcome", "to": word, "nonce": own, "incarnation": self._facts["incarnation"]})
         self._send([routing, answer, wire.seal(self._token, answer)])
 
@@ -188,14 +194,15 @@ class Door:
         if self.peers.get(peer.routing) is peer:
             del self.peers[peer.routing]
 
-    def refuse(self, why: str, frames: list[Any] | None = None, name: str = "") -> None:
-        """Count a refusal; the first of its kind is logged."""
+    def refuse(self, why: str, frames: list[Any] | None = None, name: str = "", detail: str = "") -> None:
+        """Count a refusal; the first of its kind is logged. why: one of a few, never a stranger's own words."""
         self.refusals[why] += 1
         if self.refusals[why] == 1:
             who = name
             if frames is not None:
                 with contextlib.suppress(zmq.ZMQError, KeyError):
                     who = f"{name} at {frames[1].get('Peer-Address')}".strip()
+            why = f"{why} ({detail})" if detail else why
             self._say(f"refused {who or 'somebody'}: {why}; further ones are only counted")
 
     def watch(self) -> None:
@@ -204,10 +211,12 @@ class Door:
             event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
             file = int(event["value"])
             if event["event"] == zmq.EVENT_ACCEPTED:
-                self._strangers.add(file)
+                if file not in self._friends:  # else his hello has overtaken this news
+                    self._strangers.add(file)
             elif event["event"] in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 if file in self._strangers:
                     self.refuse("a connection that brought nothing of this run's")
                 self._strangers.discard(file)
+                self._friends.discard(file)
             else:
                 self.refuse("a connection without the run's key")

@@ -167,7 +167,7 @@ class Hub:
         try:
             self._handle(self._worker(peer), header, content)
         except Malformed as e:
-            self.door.refuse(f"a malformed message ({e})", name=peer.name)
+            self.door.refuse("a malformed message", name=peer.name, detail=str(e))
             worker = self.roster.workers.get(peer.routing)
             if worker is not None:
                 self._release(worker, REFUSED)

@@ -69,6 +69,7 @@ class Ledger:
         self.version = self.made = 0
         self.published = False
         self.counts: Counter[str] = Counter()
+        self.dropped: list[int] = []  # leases whose gradient was accepted, and dropped after all; the reader empties it
         self.staleness: Counter[int] = Counter()  # of applied items, since it was last emptied
         self._leases, self._before = itertools.count(1), 0
         self._low, self._done = 0, set[int]()  # applied: all below _low, and these
@@ -118,6 +119,7 @@ class Ledger:
     def _take_number(self) -> int | None:
         if self._again:
             return heapq.heappop(self._again)
+        self._next = max(self._next, self._low)
         while self._next in self._done:
             self._next += 1
         if self._next >= self.plan.total:
@@ -174,6 +176,7 @@ class Ledger:
         old = [g for g in self._queue if self.made - g.base > self.plan.max_staleness]
         for gradient in old:
             self._queue.remove(gradient)
+            self.dropped.append(gradient.lease)
             heapq.heappush(self._again, gradient.item)
         if old:
             self.counts[STALE] += len(old)

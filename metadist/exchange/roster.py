@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -41,11 +42,14 @@ class Worker:
 
     def report(self, header: Header) -> None:
         """What it says of its own time since its last message: busy_s, pull_ms, push_ms."""
-        if "busy_s" in header:
-            self.busy_s += min(max(wire.real(header, "busy_s"), 0.0), 1e6)
-        for name in _GAUGES:
-            if name in header:
-                self.last[name] = min(max(wire.real(header, name), 0.0), 1e9)
+        given = {name: wire.real(header, name) for name in ("busy_s", *_GAUGES) if name in header}
+        for name, value in given.items():
+            if not math.isfinite(value):
+                continue
+            if name == "busy_s":
+                self.busy_s += min(max(value, 0.0), 1e6)
+            else:
+                self.last[name] = min(max(value, 0.0), 1e9)
 
     def count(self, verdict: str, tasks: int) -> None:
         """Keep a verdict on a push."""

@@ -145,7 +145,7 @@ class Server:
         weights = [(1.0 + made - g.base) ** -self.config.exchange.damping for g in taken]
         if self._shards is not None:
             with hub.changed:
-                drops, hub.drops = hub.drops, []
+                drops, hub.drops, hub.ledger.dropped = hub.drops + hub.ledger.dropped, [], []
             self._shards.drop(drops)
             summed = self._shards.sum([g.lease for g in taken], weights)
         else:

@@ -103,9 +103,9 @@ class Shard:
                 try:
                     self.handle(peer, header, content)
                 except Malformed as e:
-                    self.door.refuse(f"a malformed message ({e})", name=peer.name)
+                    self.door.refuse("a malformed message", name=peer.name, detail=str(e))
             gone = time.monotonic() - 600.0
-            for peer in [p for p in self.door.peers.values() if p.heard < gone]:
+            for peer in [p for p in self.door.peers.values() if p.heard < gone and p.role != "server"]:
                 self.door.forget(peer)
                 self._fetches = [f for f in self._fetches if f[0] is not peer]
 

@@ -125,6 +125,10 @@ class Shards:
         dead = [n for n, program in enumerate(self._programs) if program.poll() is not None]
         for number in dead:
             self._lines[number].close()
+            for pipe in (self._programs[number].stdin, self._programs[number].stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):  # what was still to be written to it
+                        pipe.close()
             self._programs[number] = self._start(number)
             self.addresses[number] = self._address(self._programs[number])
         for number in range(len(self._lines)):

@@ -85,7 +85,7 @@ class Layout:
 
 def block(values: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied: they must not change until they are sent."""
-    return values.detach().contiguous().view(torch.uint8).numpy().data
+    return values.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def values(buffer: Any, dtype: torch.dtype, count: int) -> Tensor:
@@ -126,13 +126,16 @@ def real(header: Header, name: str) -> float:
     value = header.get(name)
     if type(value) not in (int, float):
         raise Malformed(f"{name} is no number")
-    return float(value)  # type: ignore[arg-type]
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise Malformed(f"{name} is beyond every number") from None
 
 
 def text(header: Header, name: str, longest: int = 200) -> str:
     """A text field. Raises Malformed."""
     value = header.get(name)
-    if not isinstance(value, str) or len(value) > longest:
+    if not isinstance(value, str) or len(value) > longest or any("\ud800" <= c <= "\udfff" for c in value):
         raise Malformed(f"{name} is no text of at most {longest} characters")
     return value
 
