@@ -142,7 +142,8 @@ def main(argv: Sequence[str]) -> int:
     sweep = sweep_runs(place)
     found = [status(folder) for folder in ([] if none else sweep or find([str(place)]))]
     if options.get("json") == "true":
-        print(json.dumps([{**asdict(s), "server": roster(Path(s.run))} for s in found], indent=1))
+        rows = [asdict(s) | ({"server": serving} if (serving := roster(Path(s.run))) else {}) for s in found]
+        print(json.dumps(rows, indent=1))
         return 0
     print(f"no runs yet under {place.absolute()}" if none else show(found))
     if len(found) == 1 and (serving := roster(Path(found[0].run))):
