@@ -132,10 +132,16 @@ class Stage:
         return found
 
     def rest(self) -> None:
-        """Wait until all workers wait."""
+        """Wait until all workers wait, and not only because the hub has not yet seen what there is to do."""
         with self.hub.changed:
-            all_wait = lambda: all(w.waiting is not None for w in self.hub.roster.workers.values())  # noqa: E731
-            assert self.hub.changed.wait_for(all_wait, DEADLINE_S)
+            assert self.hub.changed.wait_for(lambda: self._nothing_to_do() and self._all_wait(), DEADLINE_S)
+
+    def _all_wait(self) -> bool:
+        return all(w.waiting is not None for w in self.hub.roster.workers.values())
+
+    def _nothing_to_do(self) -> bool:
+        ledger = self.ledger
+        return not ledger.published or ledger._would_be_stale() or ledger.queued >= PLAN.queue
 
     def line(self, label: str, **other: Any) -> Line:
         """Somebody with the run's keys; ``other``: what he says of himself instead of the truth."""

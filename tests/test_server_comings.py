@@ -190,6 +190,20 @@ def test_one_that_comes_back_on_another_connection_takes_its_own_place(stage: St
     assert not before.open and stage.ledger.queued == 0
 
 
+def test_a_push_that_does_not_count_takes_no_gradient_from_the_shards(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, shards=("tcp://127.0.0.1:1",))
+    line, thief = stage.opened("2"), stage.opened("3")
+    stage.hub.publish(None)
+    line.send({"k": "pull"})
+    lease = until(lambda: heard(line), "work")[0][0]["lease"]
+    for sender, verdict in ((thief, "duplicate"), (line, "accepted"), (line, "duplicate")):
+        sender.send({"k": "push", "lease": lease, "loss": 0.0})
+        assert until(lambda one=sender: heard(one), "a verdict")[0][0]["verdict"] == verdict
+    drops = list(stage.hub.drops)
+    stage.close()
+    assert drops == []
+
+
 def test_the_parts_of_an_evaluation_go_before_tasks_and_out_again_if_their_figures_are_none(stage: Stage) -> None:
     stage.publish()
     phi, clients = gradient(3), [stage.client(label) for label in "12"]

@@ -131,3 +131,13 @@ def test_a_roll_back_to_the_very_start_hands_out_the_first_tasks_again(tmp_path:
     server.restore(start)
     ledger.publish()
     assert [lease.item for lease in iter(ledger.issue, None)] == [0, 1, 2, 3]
+
+
+def test_a_server_that_is_to_stop_judges_by_itself_what_no_worker_is_there_for(tmp_path: Path) -> None:
+    server = server_of(tmp_path, encrypt=False)
+    server._stop = lambda: True
+    phi = {"images": torch.arange(6.0).view(2, 3)}
+    table = server.spread("evaluation", phi, 45, lambda some: torch.stack((some.double(), 10 * some.double())), 2)
+    assert table.tolist() == [list(range(45)), list(range(0, 450, 10))]
+    assert server.workers == 0 and server.snapshot() == {"ledger": {"item": 1, "low": 0, "done": []}}
+    server.close()

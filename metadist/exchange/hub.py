@@ -206,7 +206,7 @@ class Hub:
         verdict = self.ledger.push(number, Pushed(part, loss)) if own else self.ledger.miss(number)
         worker.lease = None if own else worker.lease
         worker.count(verdict, self.ledger.plan.item)
-        if part is None and verdict != "accepted":
+        if part is None and not self.ledger.holds(number):
             self.drops.append(number)
         worker.report(header)
         self.door.send(worker.peer, {"k": "pushed", "verdict": verdict, "lease": number})

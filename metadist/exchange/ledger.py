@@ -138,6 +138,10 @@ class Ledger:
         self._queue.append(Gradient(held.item, held.base, held.number, content))
         return self._count(ACCEPTED)
 
+    def holds(self, lease: int) -> bool:
+        """Whether a gradient for this lease is still to come, or waits to be applied."""
+        return lease in self._out or any(g.lease == lease for g in self._queue)
+
     def miss(self, lease: int) -> str:
         """A push for a lease that its sender does not hold, or holds no more: the verdict."""
         return self._count(STALE if lease <= self._before else DUPLICATE)
