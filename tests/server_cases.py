@@ -19,7 +19,7 @@ from metadist.exchange import wire
 from metadist.exchange.client import Client
 from metadist.exchange.door import Door
 from metadist.exchange.hub import Hub
-from metadist.exchange.keys import Secret, address_record
+from metadist.exchange.keys import Secret, Serving
 from metadist.exchange.ledger import Gradient, Ledger, Plan
 from metadist.exchange.line import Line
 from metadist.exchange.wire import Layout
@@ -83,8 +83,8 @@ class Stage:
         self.hub = Hub(self.door, LAYOUT, ledger, self.beat_s, self.records.append, self.said.append, not self.shards)
         self.hub.start()
         self.up = True
-        record = address_record([self.door.address, *self.shards], self.incarnation)
-        (self.folder / "exchange" / "server.json").write_bytes(record)
+        serving = Serving(self.incarnation, (self.door.address, *self.shards), self.encrypt, self.beat_s)
+        (self.folder / "exchange" / "server.json").write_bytes(serving.record())
 
     def stop(self) -> None:
         """The server goes away without a word."""

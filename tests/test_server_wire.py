@@ -20,7 +20,7 @@ import torch
 from metadist.config import Config
 from metadist.errors import RunError, UserError
 from metadist.exchange import wire
-from metadist.exchange.keys import Secret, address_record, find_server
+from metadist.exchange.keys import Secret, Serving, find_server
 from metadist.exchange.wire import Layout, Malformed
 from metadist.identity import SERVER, identity_hash
 from metadist.run.compose import compose
@@ -230,16 +230,17 @@ def test_two_processes_and_two_threads_that_make_a_secret_at_once_agree(tmp_path
 
 
 def test_the_server_is_found_where_its_newest_start_listens(tmp_path: Path) -> None:
-    assert find_server(tmp_path) == (0, [])
+    assert find_server(tmp_path) == Serving()
     folder = tmp_path / "exchange"
     folder.mkdir()
-    assert find_server(tmp_path) == (0, [])
-    whole = address_record(["tcp://127.0.0.1:7", "tcp://127.0.0.1:8"], 3)
+    assert find_server(tmp_path) == Serving()
+    there = Serving(3, ("tcp://127.0.0.1:7", "tcp://127.0.0.1:8"), False, 0.5)
+    whole = there.record()
     for torn in (b"", whole[:20], b"[]", b"7", b'{"incarnation": "x", "addresses": []}', b'{"incarnation": 1}', b"\xff"):
         (folder / "server.json").write_bytes(torn)
-        assert find_server(tmp_path) == (0, [])
+        assert find_server(tmp_path) == Serving()
     (folder / "server.json").write_bytes(whole)
-    assert find_server(tmp_path) == (3, ["tcp://127.0.0.1:7", "tcp://127.0.0.1:8"])
+    assert find_server(tmp_path) == there
 
 
 REFUSED = {

@@ -1,8 +1,7 @@
 """A worker's side of the parameter server: pull, compute, push; the line is kept by a thread of its own.
 
 Design choices
-- The thread owns all sockets: it says hello, beats, reconnects, finds a server that came back elsewhere, while the main
-  thread computes. The two meet in a command queue and an inbox.
+- The thread owns all sockets: it says hello, beats, finds a server that came back elsewhere, while the main thread computes.
 - A lease dies with its connection. What was computed for it is then dropped, and the server hands the task out again.
 - With shards the thread gathers a version from all of them, and tells the server of a gradient once all have it.
 """
@@ -10,6 +9,7 @@ Design choices
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import threading
@@ -25,7 +25,7 @@ from metadist.errors import Lost, RunError
 from metadist.exchange import wire
 from metadist.exchange.carrier import Carrier
 from metadist.exchange.hub import BEATS
-from metadist.exchange.keys import Secret, find_server
+from metadist.exchange.keys import Secret, Serving, find_server
 from metadist.exchange.line import Line
 from metadist.exchange.wire import Header, Layout
 from metadist.exchange.work import Judge, Leave, Settings, Work, facts
@@ -43,7 +43,7 @@ class Client:
         self._run_dir, self._layout, self._identity, self._settings = run_dir, layout, identity, settings
         self._context: zmq.Context[Any] = zmq.Context()
         self._lines: list[Line] = []  # to the server, and to its shards
-        self._addresses: tuple[int, list[str]] = (0, [])
+        self._serving = Serving()
         self._looked = self._beaten = 0.0
         self._inbox: queue.Queue[Work | Judge | Leave | Exception] = queue.Queue()
         self._todo: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -57,7 +57,6 @@ class Client:
         self._of: dict[int, int] = {}  # lease -> session
         self._held: tuple[int, Tensor] | None = None  # version and parameters
         self._carrier = Carrier(layout)
-        self._since_push = time.monotonic()
         self._gauges: dict[str, float] = {}
         self._pushed_at: dict[int, float] = {}
         self._last_heard = time.monotonic()
@@ -74,7 +73,7 @@ class Client:
         self._do(lambda: self._pull(busy_s))
         while True:
             with contextlib.suppress(queue.Empty):
-                if isinstance(found := self._inbox.get(timeout=0.5), Exception):  # bounded, so that signals are handled
+                if isinstance(found := self._inbox.get(timeout=0.5), Exception):  # bounded: signals are handled between
                     raise found
                 return found
 
@@ -136,8 +135,10 @@ class Client:
         if now - self._looked > (_LOOK_OPEN_S if self._open and not silent else _LOOK_S):
             self._looked = now
             found = find_server(self._run_dir)
-            if found[1] and (found != self._addresses or silent):
+            if found.addresses and (found != self._serving or silent):
                 self._connect(found)
+            if silent and self._settings.finished():
+                self._deliver(Leave("finished"))
         if beat_due := now - self._beaten > beat:
             self._beaten = now
         for line in self._lines:
@@ -150,15 +151,16 @@ class Client:
             raise Lost(f"no server answered for exchange.patience={self._settings.patience_s:g} s; is the server of "
                        f"run_dir={self._run_dir} running?")  # fmt: skip
 
-    def _connect(self, found: tuple[int, list[str]]) -> None:
+    def _connect(self, found: Serving) -> None:
         for line in self._lines:
             line.close()
-        self._addresses = found
+        self._serving = found
+        self._settings = dataclasses.replace(self._settings, encrypt=found.encrypt, beat_s=found.beat_s)
         self._new_session()
         secret = Secret.read(self._run_dir)
         said = facts(self._identity, self._layout, secret.run, self._settings.label)
         longest = self._layout.size * self._layout.dtype.itemsize
-        self._lines = [Line(self._context, a, secret, self._settings.encrypt, said, longest) for a in found[1]]
+        self._lines = [Line(self._context, a, secret, self._settings.encrypt, said, longest) for a in found.addresses]
 
     def _new_session(self) -> None:
         self._session += 1
@@ -168,7 +170,7 @@ class Client:
 
     def _heard(self, number: int, header: Header, content: Any) -> None:
         kind = header["k"]
-        if kind == "unknown":  # the server, or a shard, does not know us any more; the line says hello again by itself
+        if kind == "unknown":  # to the server, or a shard, by now; the line says hello again by itself
             self._new_session()
         elif kind == "welcome":
             self._ask()
@@ -213,14 +215,14 @@ class Client:
         if self._pulling is not None:
             waited = wire.real(header, "waited_ms")
             self._gauges["pull_ms"] = max(0.0, 1000 * (time.monotonic() - self._pulling) - waited)
-        numbers = (wire.number(header, k) for k in ("step", "first", "count"))
-        self._deliver(Work(wire.number(header, "lease"), *self._held, *numbers))
+        lease, *numbers = (wire.number(header, k) for k in ("lease", "step", "first", "count"))
+        self._deliver(Work(lease, *self._held, *numbers))
 
     def _judge(self, header: Header, content: Any) -> None:
         phi = wire.values(content or b"", self._layout.dtype, self._layout.size)
-        numbers = [wire.number(header, k) for k in ("lease", "first", "count", "all")]
-        self._of[numbers[0]] = self._session
-        self._deliver(Judge(numbers[0], phi, wire.text(header, "purpose"), *numbers[1:]))
+        lease, *numbers = (wire.number(header, k) for k in ("lease", "first", "count", "all"))
+        self._of[lease] = self._session
+        self._deliver(Judge(lease, phi, wire.text(header, "purpose"), *numbers))
 
     def _deliver(self, what: Work | Judge | Leave) -> None:
         if self._pulling is not None:
@@ -243,8 +245,7 @@ class Client:
             self._lines[0].send({"k": "judged", "lease": lease}, content)
 
     def _verdict(self, header: Header) -> None:
-        lease = int(header.get("lease", 0))
-        if lease in self._pushed_at:
+        if (lease := int(header.get("lease", 0))) in self._pushed_at:
             self._gauges["push_ms"] = 1000 * (time.monotonic() - self._pushed_at[lease])
         self._forget(lease)
 
@@ -260,8 +261,7 @@ class Client:
         outcome, order, flat = done
         if flat is not None:
             self._held = wire.number(order, "version"), flat
-            self._hand_out(order)
-            return
+            return self._hand_out(order)
         if outcome == "failed":  # asking anew gives the lease back
             self._forget(order["lease"])
             self._asked = False

@@ -71,19 +71,31 @@ class Secret:
         return secret
 
 
-def address_record(addresses: list[str], incarnation: int) -> bytes:
-    """The content of server.json: where the server, and its shards if there are any, listen."""
-    record = {"addresses": addresses, "incarnation": incarnation, "pid": os.getpid()}
-    return (json.dumps(record, indent=1) + "\n").encode()
+@dataclass(frozen=True)
+class Serving:
+    """How to reach the newest server: server.json. A resumed run may have other settings than when its workers were started.
+
+    incarnation: of the server, 0: none has come up yet; addresses: its own, and its shards' if there are any.
+    """
+
+    incarnation: int = 0
+    addresses: tuple[str, ...] = ()
+    encrypt: bool = True
+    beat_s: float = 2.0
+
+    def record(self) -> bytes:
+        """The content of server.json."""
+        return (json.dumps({**asdict(self), "pid": os.getpid()}, indent=1) + "\n").encode()
 
 
-def find_server(run_dir: Path) -> tuple[int, list[str]]:
-    """Incarnation and addresses of the newest server; (0, []) if none has come up yet."""
+def find_server(run_dir: Path) -> Serving:
+    """The newest server, as the run folder says."""
     folder = run_dir / PLACE
     try:
         if folder / "server.json" not in folder.iterdir():  # a listing: network file systems cache absence
-            return 0, []
+            return Serving()
         found: dict[str, Any] = json.loads((folder / "server.json").read_text())
-        return int(found["incarnation"]), [str(a) for a in found["addresses"]]
+        addresses = tuple(str(a) for a in found["addresses"])
+        return Serving(int(found["incarnation"]), addresses, bool(found["encrypt"]), float(found["beat_s"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return 0, []
+        return Serving()

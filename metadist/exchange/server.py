@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from metadist.exchange.allreduce import Replica
 from metadist.exchange.door import Door
 from metadist.exchange.hub import Hub
 from metadist.exchange.judging import Judging
-from metadist.exchange.keys import Secret, address_record
+from metadist.exchange.keys import Secret, Serving
 from metadist.exchange.ledger import Gradient, Ledger, Plan
 from metadist.exchange.shards import Shards
 from metadist.exchange.wire import Layout
@@ -42,7 +43,7 @@ QUEUE_BYTES, QUEUE_MOST = 1e9, 64  # unapplied gradients, if exchange.queue does
 @dataclass(frozen=True)
 class Place:
     """Where a server stands. ip: of the interface to listen on; item: tasks handed out at once; write: a file of the run
-    folder, fenced; say: a line for people.
+    folder, fenced; say: a line for people; stop: whether the run is to stop.
     """
 
     run_dir: Any
@@ -50,6 +51,7 @@ class Place:
     item: int
     write: Callable[[str, bytes], Any]
     say: Callable[[str], None]
+    stop: Callable[[], bool] = lambda: False
 
 
 def item_size(config: Config) -> int:
@@ -85,7 +87,7 @@ class Server:
         self._hub: Hub | None = None
         self._shards: Shards | None = None
         self._known: dict[str, Any] = {"item": place.item, "low": 0, "done": []}
-        self._stop: Callable[[], bool] = lambda: False
+        self._stop = place.stop
 
     @property
     def workers(self) -> int:
@@ -181,21 +183,24 @@ class Server:
                 hub.check()
                 if hub.roster.workers:
                     alone_since = time.monotonic()
-                if self._stop() or time.monotonic() - alone_since > _JUDGE_ALONE_S:
-                    self._judge_one(hub, judging, figures)
+                alone = self._stop() or time.monotonic() - alone_since > _JUDGE_ALONE_S
+                if alone and self._judge_one(hub, judging, figures):
+                    continue
                 with hub.changed:
                     hub.changed.wait_for(lambda: judging.complete or hub.failure is not None, 0.2)
         finally:
             hub.judge(None)
         return judging.table
 
-    def _judge_one(self, hub: Hub, judging: Judging, figures: Callable[[Tensor], Tensor]) -> None:
+    def _judge_one(self, hub: Hub, judging: Judging, figures: Callable[[Tensor], Tensor]) -> bool:
+        """False: all parts are out."""
         with hub.changed:
             part = judging.issue()
         if part is not None:
             table = figures(judging.networks(part))
             with hub.changed:
                 judging.put(part, wire.block(table.to("cpu", torch.float64)))
+        return part is not None
 
     # --- the run's life
 
@@ -262,10 +267,9 @@ class Server:
         return self._hub
 
     def _announce(self, hub: Hub, shards: Shards | None) -> None:
-        addresses = [hub.door.address, *(shards.addresses if shards is not None else [])]
-        self.place.write("exchange/server.json", address_record(addresses, self.incarnation))
+        addresses, c = (hub.door.address, *(shards.addresses if shards is not None else [])), self.config.exchange
+        serving = Serving(self.incarnation, addresses, c.encrypt, c.heartbeat_s)
+        self.place.write("exchange/server.json", serving.record())
 
     def _record(self, record: dict[str, Any]) -> None:
-        import json
-
         self.place.write("exchange/workers.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,16 @@ class Leave:
 
 @dataclass
 class Settings:
-    """exchange.*: beat_s, patience_s, encrypt; label: this worker's name among the run's; patience counts from silence."""
+    """label: this worker's name among the run's; patience counts from silence; encrypt, beat_s: the server knows better.
+
+    finished: whether the run has its result, asked when the server is silent.
+    """
 
     label: str
     encrypt: bool
     beat_s: float
     patience_s: float
+    finished: Callable[[], bool] = lambda: False
 
 
 def facts(identity: str, layout: Layout, run: str, label: str, role: str = "worker") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from metadist.run.environment import cores
 from metadist.run.folder import RunFolder
 from metadist.run.local import WORKER, Rank, verdict
 from metadist.run.signals import Stop
-from metadist.run.worker import threads
+from metadist.run.worker import result_text, threads
 
 MEMBER = [sys.executable, "-m", "metadist.run.member"]
 _POLL_S = 0.05
@@ -70,7 +70,7 @@ class Crew:
         for number, rank in list(self.ranks.items()):
             if number and rank.process.poll() is not None and rank not in self.failed:
                 self._ended(number, rank)
-        if not self.members and self._told is None and self.failed:
+        if self._told is None and self.failed and all(rank in self.failed for n, rank in self.ranks.items() if n):
             raise RunError(f"no worker is left; look into {self.folder.path}/log-rank1.txt")
 
     def _ended(self, number: int, rank: Rank) -> None:
@@ -84,10 +84,14 @@ class Crew:
             return
         self.failed.append(rank)
         text = rank.fault["text"] if rank.fault else rank.tail or f"it was killed (signal {-code}) once more"
+        if not text.startswith("error: ") and "\n" in text:
+            text = f"{text.splitlines()[-1]}; all of it is in {rank.log}"
         _say(f"worker {number} has ended, the others go on: {text.removeprefix('error: ')}")
 
     def revive(self) -> bool:
         """Start a killed server again, as the next start of the run; False if it was killed too often."""
+        if self.folder.finished is not None:
+            return False  # it was killed while it said good-bye
         tried = self._tries.get(0, 0)
         code = self.ranks[0].process.returncode
         if tried >= _TRIES or self._told is not None or code >= 0:
@@ -148,4 +152,7 @@ def launch(folder: RunFolder) -> int:
                 with contextlib.suppress(OSError):
                     rank.process.wait()
     server = crew.ranks[0]
+    if server.failed and (summary := crew.folder.finished) is not None:
+        print(result_text(summary), flush=True)
+        return 0
     return verdict([server], crew.folder) if server.failed else server.process.returncode

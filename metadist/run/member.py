@@ -76,7 +76,8 @@ def serve(folder: RunFolder, label: str, connected: Callable[[Client], None]) ->
     compute = Compute(setup.method, decided.group, setup.device, setup.static)
     c = folder.config.exchange
     layout = Layout.of(setup.method.parameters(), c.wire)
-    settings = Settings(label, c.encrypt, c.heartbeat_s, c.patience)
+    finished = lambda: RunFolder.attach(folder.path).finished is not None  # noqa: E731
+    settings = Settings(label, c.encrypt, c.heartbeat_s, c.patience, finished)
     client = Client(folder.path, layout, identity_hash(folder.config), settings)
     connected(client)
     try:
@@ -90,7 +91,7 @@ def _meet(folder: RunFolder) -> RunFolder:
     """Wait for a server; the folder as its start sees it."""
     patience = folder.config.exchange.patience
     until = time.monotonic() + patience
-    while not (incarnation := find_server(folder.path)[0]):
+    while not (incarnation := find_server(folder.path).incarnation):
         if time.monotonic() > until:
             raise Lost(f"no server came up in run_dir={folder.path} for exchange.patience={patience:g} s")
         time.sleep(_POLL_S)

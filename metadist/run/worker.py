@@ -54,7 +54,9 @@ def train_rank(folder: RunFolder, rank: int, world: int, store: str | None, stop
     if config.exchange.name == "server":
         item = int(folder.resolve("item", lambda: item_size(config)))
         ip = (store or "127.0.0.1:0").rsplit(":", 1)[0]
-        place = exchange.Place(folder.path, ip, item, folder.write, lambda text: print(text, flush=True))
+        place = exchange.Place(
+            folder.path, ip, item, folder.write, lambda text: print(text, flush=True), lambda: stop.requested is not None
+        )
     link = exchange.connect(config, rank, world, store, folder.incarnation, place)
     summary = trainer.train(config, folder, link, stop)
     link.close(finished="stopped" not in summary)
