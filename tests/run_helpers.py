@@ -55,9 +55,9 @@ TINY = [
 ]
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition: Callable[[], Any], what: str, times: int = 1) -> Any:
     """The first true value of ``condition``."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + times * DEADLINE_S
     while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.002)
@@ -86,8 +86,9 @@ class Started:
             self._code = self._nursery.ask(do="poll", pid=self.pid)
         return self._code
 
-    def wait(self) -> int:
-        until(lambda: self.poll() is not None, f"the end of {self.pid}: {self.out} {self.err}")
+    def wait(self, times: int = 1) -> int:
+        """Exit status; waits for at most so many times DEADLINE_S."""
+        until(lambda: self.poll() is not None, f"the end of {self.pid}: {self.out} {self.err}", times)
         assert self._code is not None
         return self._code
 
@@ -136,10 +137,10 @@ class Nursery:
         self._count += 1
         return Started(self, words, at / f"start-{self._count:03d}.out", fsize)
 
-    def run(self, words: Sequence[str], at: Path) -> Started:
-        """Start and wait for success."""
+    def run(self, words: Sequence[str], at: Path, times: int = 1) -> Started:
+        """Start and wait for success, at most so many times DEADLINE_S."""
         started = self.start(words, at)
-        assert started.wait() == 0, (started.out, started.err)
+        assert started.wait(times) == 0, (started.out, started.err)
         return started
 
 

@@ -314,7 +314,7 @@ def test_stale_gradients_cost_less_than_a_point_of_accuracy_on_mnist(nursery: Nu
     for name, more in {"allreduce": [], "server": ["exchange=server", "exchange.max_staleness=4"]}.items():
         at = tmp_path / name
         at.mkdir()
-        nursery.run(words(at, *MNIST, *more, f"data.root={os.environ['METADIST_DATA']}"), at)
+        nursery.run(words(at, *MNIST, *more, f"data.root={os.environ['METADIST_DATA']}"), at, times=4)
         tests[name] = json.loads((at / "run" / "summary.json").read_text())["test"]
     print(tests)
     assert applied(tmp_path / "server") == 400 * 4
