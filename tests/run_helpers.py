@@ -166,7 +166,9 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def _child(request: dict[str, Any]) -> None:
     from metadist.run.command import main
+    from metadist.run.worker import die_with
 
+    die_with(os.getppid())  # whoever kills the tests kills their runs, too
     os.setsid()
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
