@@ -29,7 +29,7 @@ from metadist.evaluate import fitting
 from metadist.evaluate.protocols import Evaluation
 from metadist.evaluate.recipe import Recipe
 from metadist.evaluate.statistics import Summary
-from metadist.methods.starts import Random, Starts
+from metadist.methods.starts import Starts, fresh
 from metadist.nets import Learner
 from metadist.run import own, trainer
 from metadist.run.compose import compose
@@ -244,4 +244,4 @@ def _starts(dset: DistilledSet, net: own.Net | str | None, learner: Learner, see
             "the set was made for pre-trained networks, which are not in its file: judge it by launch/evaluate.py "
             "run=<its run folder>, or give net= to train fresh ones on it"
         )
-    return Random(learner, seed, learner.device)
+    return fresh(learner, seed, net is None and _made_for(dset).draw_width)

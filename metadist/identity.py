@@ -53,9 +53,12 @@ def is_circumstance(key: str) -> bool:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The leaves that define the result: all but circumstance, and what only another exchange reads."""
+    """The leaves that define the result: all but circumstance, and what only another exchange or another kind of set reads."""
     unread = () if config.exchange.name == "server" else SERVER
-    return {k: v for k, v in flatten(config).items() if not is_circumstance(k) and k not in unread}
+    read = {"generator.": config.method.synthetic, "implicit.": config.method.gradient, "matching.": config.method.gradient}
+    elsewhere = tuple(prefix for prefix, word in read.items() if word != prefix[:-1])
+    leaves = {k: v for k, v in flatten(config).items() if not k.startswith(elsewhere)}
+    return {k: v for k, v in leaves.items() if not is_circumstance(k) and k not in unread}
 
 
 def identity_hash(config: Config) -> str:

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from metadist.config import ClusterConfig, Config
+from metadist.config import Config
+from metadist.config_machine import ClusterConfig
 from metadist.run.cluster import record, status
 from metadist.run.cluster.command import main
 from metadist.run.guard import guarded

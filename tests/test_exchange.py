@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from metadist.config import Config, ExchangeConfig
+from metadist.config import Config
+from metadist.config_machine import ExchangeConfig
 from metadist.errors import RunError, UserError
 from metadist.exchange import connect
 from metadist.exchange.allreduce import Alone, host, share

@@ -68,7 +68,9 @@ def test_smoke(preset: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureF
     assert judged == pytest.approx(round(judged), abs=1e-6)  # whole images, of the few that a smoke run judges
     for name in ("distilled.safetensors", "distilled-last.safetensors"):
         made = metadist.load(str(folder / name))
-        assert len(made.images) == config.ipc * 10 == summary["images"]
+        generated = config.generator.batch * config.inner.steps
+        count = generated if config.method.synthetic == "generator" else config.ipc * 10
+        assert len(made.images) == count == summary["images"] and (made.maker is not None) == (count == generated)
         assert bool(made.images.isfinite().all()) and bool((made.lr > 0).all())
         assert len(made.order) == config.inner.steps * config.inner.epochs == len(made.lr)
         assert made.manifest["method"] == config.method.name and made.manifest["data"] == config.data.name

@@ -35,6 +35,8 @@ def in_small(words: list[str]) -> list[str]:
         words += ["smoke=true", "tasks=4", "cluster=print"]  # on a real cluster: tests/slurm/test_readme_slurm.py
     if words[1].endswith("evaluate.py"):
         words += ["nets=2", "epochs=1", "trials=1", "threads=1"] if "check=gradient" not in words else []
+    if words[1].endswith("compare.py"):
+        words += ["smoke=true", "threads=1", "eval.nets=2", f"data.root={REAL}"]
     return words
 
 
@@ -72,7 +74,7 @@ def test_program(line: str, place: Path) -> None:
     if "join=true" in words:
         assert_joined(words, place)
         return
-    if REAL is None and any("mnist" in w or "cifar" in w for w in words):
+    if REAL is None and any("mnist" in w or "cifar" in w or "gtn" in w for w in words):
         pytest.skip("needs $METADIST_DATA, a folder with torchvision's data sets")
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place)}
     command = [sys.executable, str(ROOT / words[1]), *words[2:]]

@@ -266,7 +266,7 @@ def test_lines_pictures_and_log(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_every_name_is_defined_and_others_are_refused(tmp_path: Path) -> None:
     needed = """meta_loss grad_norm meta_rate valid_accuracy valid_accuracy_sd step_s compute_s exchange_s data_s tasks_per_s
     peak_memory_mb skipped rollbacks images rate/ momentum/ staleness accepted stale duplicate lost refused
-    workers_alive queue_length pull_ms push_ms utilisation/"""
+    workers_alive queue_length pull_ms push_ms utilisation/ residual inner_gradient_norm"""
     assert set(NAMES) == set(needed.split()) and all(len(words) > 20 for words in NAMES.values())
     for monitor in (Monitor(None, 0, 10), Monitor(tmp_path, 0, 10)):
         monitor.log(1, {n + "00" * n.endswith("/"): 1.0 for n in NAMES})

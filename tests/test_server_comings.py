@@ -120,9 +120,10 @@ def test_a_server_that_goes_away_is_waited_for_as_long_as_patience_lasts(stage: 
 
 @soon
 def test_a_server_that_comes_back_elsewhere_is_found_by_those_who_wait_and_those_at_work(stage: Stage) -> None:
-    honest, busy = Honest(stage.client("1")), stage.client("2")
+    busy = stage.client("2")
     stage.publish()
     work = busy.next()
+    honest = Honest(stage.client("1"))  # not before: it would leave nothing for the other
     until(lambda: waiting(stage) == 1 and stage.ledger.queued == 5, "all that can be done without the other's item")
     stage.applied += [g.item for g in stage.taken()]
     first = stage.port

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from metadist.config import Config, ExchangeConfig
+from metadist.config import Config
+from metadist.config_machine import ExchangeConfig
 from metadist.exchange import roster, wire
 from metadist.exchange.door import Peer
 from metadist.exchange.judging import Judging

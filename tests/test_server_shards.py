@@ -19,7 +19,8 @@ import torch
 import zmq
 from server_cases import BEAT_S, DEADLINE_S, LAYOUT, Asking, Stage, heard, item_of, until
 
-from metadist.config import Config, ExchangeConfig
+from metadist.config import Config
+from metadist.config_machine import ExchangeConfig
 from metadist.errors import Lost
 from metadist.exchange import shard as shard_module
 from metadist.exchange import wire

@@ -74,20 +74,21 @@ def _title(report: Report) -> str:
 
 def _columns(dset: DistilledSet) -> list[Any]:
     """The grid of images, uint8 [h, w, 3] each: one piece, or several of whole steps where one would be too tall."""
-    whole = dset.picture()
-    pieces = min(dset.steps, math.ceil(math.sqrt(whole.shape[0] / whole.shape[1] / 1.3)))
+    whole, (images, steps) = dset.picture(), dset.shown()
+    pieces = min(steps, math.ceil(math.sqrt(whole.shape[0] / whole.shape[1] / 1.3)))
     if pieces <= 1:
         return [whole.numpy()]
-    x, _ = dset.batches()
-    parts = torch.tensor_split(torch.arange(dset.steps), pieces)
-    shown = [dset.normalization.invert(x[part].flatten(0, 1)) for part in parts]
+    x = dset.normalization.invert(images).reshape(steps, -1, *images.shape[1:])
+    parts = torch.tensor_split(torch.arange(steps), pieces)
+    shown = [x[part].flatten(0, 1) for part in parts]
     return [grid(images, len(part), len(dset.classes)).numpy() for images, part in zip(shown, parts)]
 
 
 def _images(figure: Any, pictures: list[Any], report: Report) -> None:
     dset = report.dset
     batches = "one batch" if dset.steps == 1 else f"{dset.steps} batches"
-    figure.suptitle(f"{len(dset.images)} distilled images: {batches}, {len(dset.order)} steps", fontsize=10.5, color=_INK)
+    made = "distilled" if dset.maker is None else "generated"
+    figure.suptitle(f"{len(dset.images)} {made} images: {batches}, {len(dset.order)} steps", fontsize=10.5, color=_INK)
     height = max(p.shape[0] for p in pictures)
     axes = figure.subplots(1, len(pictures), squeeze=False, width_ratios=[p.shape[1] for p in pictures])[0]
     for ax, picture in zip(axes, pictures):

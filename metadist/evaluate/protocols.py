@@ -144,7 +144,7 @@ class Evaluation:
         theta0 = self._repeated(len(self.theta0) if nets is None and len(self.theta0) > 1 else nets or DRAWS)
         classes = len(self.data.classes)
         keys = draw.key(self.seed, "random images", 0, torch.arange(len(theta0), device=theta0.device))
-        return theta0, random_indices(self.data.train, classes, len(recipe.images[1]) // classes, keys)
+        return theta0, random_indices(self.data.train, classes, -(-len(recipe.images[1]) // classes), keys)
 
     def _standard(self, x: Tensor, y: Tensor, plan: Plan, theta0: Tensor, rows: Tensor | None) -> Result:
         optimizer = plan.optimizer

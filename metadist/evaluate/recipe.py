@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,9 +69,13 @@ class Recipe:
         return self.x.flatten(0, 1), self.y.flatten(0, 1)
 
     def on(self, x: Tensor, y: Tensor) -> Recipe:
-        """The same training on other images [N, C, H, W] with labels [N], or on each network's own [n, N, ...]."""
+        """The same training on other images [N, C, H, W] with labels [N], or on each network's own [n, N, ...].
+
+        Where classes don't divide the set's number of images, a few images too many are left out.
+        """
         shape, lead = self.x.shape[-5:-3], x.dim() - 4
-        x, y = x.to(self.x), y.to(self.y.device)
+        count = math.prod(shape)
+        x, y = x.narrow(lead, 0, count).to(self.x), y.narrow(lead, 0, count).to(self.y.device)
         return replace(
             self,
             x=x.reshape(*x.shape[:lead], *shape, *x.shape[lead + 1 :]),

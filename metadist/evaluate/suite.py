@@ -13,7 +13,7 @@ from metadist.evaluate.protocols import DRAWS, Evaluation
 from metadist.evaluate.recipe import Recipe
 from metadist.evaluate.report import Curve, Report, Row
 from metadist.evaluate.settings import Settings
-from metadist.methods.starts import Random, Starts
+from metadist.methods.starts import Starts, fresh
 from metadist.nets import Learner
 from metadist.synthetic.distilled import DistilledSet
 
@@ -56,8 +56,7 @@ class Examination:
         rows = list(self._rows())
         curves = self._curves(rows) if "recorded" in self.settings.protocol else ()
         for name, other in (others or {}).items():
-            fresh = Random(other, self.settings.seed, other.device)
-            rows += self._distilled(self._evaluation(other, fresh), name)
+            rows += self._distilled(self._evaluation(other, fresh(other, self.settings.seed)), name)
         figures = self.judge.poison(self.recipe, *poison) if poison else None
         return Report(self.dset, self.data.name, self.net, self.described, self.settings, tuple(rows), curves, figures)
 
@@ -94,7 +93,7 @@ class Examination:
 
     def _baseline(self, kind: str) -> Iterator[Row]:
         classes = len(self.data.classes)
-        x, y = baseline(kind, self.data.train, classes, len(self.dset.images) // classes, self.settings.seed)
+        x, y = baseline(kind, self.data.train, classes, -(-len(self.dset.images) // classes), self.settings.seed)
         if "recorded" in self.settings.protocol:
             recipe = self.recipe.on(x, y)
             yield self._row(kind, self._steps, "recorded", self.net, lambda: self.judge.recorded(recipe, recipe.candidates()))

@@ -34,6 +34,7 @@ class Inner:
     compile: compile the step and its adjoint with ``torch.compile``.
     graph: capture each of them in a CUDA graph (for runs whose number of steps is drawn; else capture the whole meta-step).
     shared: tasks share their batches ([S, B, ...]) or own them ([G, S, B, ...]).
+    judge_loss: (theta [P], (z, *batch)) -> scalar, for nets that also depend on images z when judged; None: ``loss``.
     judge_group: tasks whose final losses are taken at once (0: all); a CPU may be faster with 1.
     """
 
@@ -46,14 +47,26 @@ class Inner:
         graph: bool = False,
         shared: bool = True,
         judge_group: int = 0,
+        judge_loss: Loss | None = None,
     ) -> None:
         """Keep the pieces; nothing is compiled before the first call. Raises UserError for another form."""
         prepare(form)
-        self.loss, self.optimizer, self.form, self.shared, self.compiled = loss, optimizer, form, shared, compile
-        self.judge_group = judge_group
+        self.loss, self.optimizer, self.form, self.shared = loss, optimizer, form, shared
+        self.compiled, self.graph = compile, graph
+        self.judge_group, self.judge_loss = judge_group, judge_loss
         self._step: Callable[..., State] = execution.accelerate(self.step, compile, graph)
         self._adjoint: Callable[..., Adjoint] = execution.accelerate(self.adjoint, compile, graph)
-        self._judge: Callable[..., tuple[Tensor, Tensor]] = execution.accelerate(self._values, compile, graph)
+        self._judge: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = execution.accelerate(self._values, compile, graph)
+
+    def with_loss(self, loss: Loss) -> Inner:
+        """The same with another loss."""
+        own = (self.compiled, self.graph, self.shared, self.judge_group, self.judge_loss)
+        return Inner(loss, self.optimizer, self.form, *own)
+
+    def owning(self) -> Inner:
+        """The same for tasks that own their batches."""
+        own = (self.compiled, self.graph, False, self.judge_group, self.judge_loss)
+        return Inner(self.loss, self.optimizer, self.form, *own)
 
     def step(self, state: State, batch: Batch, h: Tensor) -> State:
         """One inner step. state: tensors [G, P]; batch: one step's; h: [K]."""
@@ -84,19 +97,26 @@ class Inner:
         result: tuple[State, Tensor, Tensor] = pull(lam)
         return result
 
-    def _values(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        result = vmap(grad_and_value(lambda th, *b: self.loss(th, b)))(theta, *batch)
-        gradient, value = result
-        return gradient, value
+    def _values(self, theta: Tensor, seen: Tensor | None, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Gradients in theta, and in ``seen`` if it is given, and the value, of every task."""
+        if seen is None:
+            gradient, value = vmap(grad_and_value(lambda th, *b: self.loss(th, b)))(theta, *batch)
+            return (gradient,), value
+        loss = self.judge_loss or (lambda th, b: self.loss(th, b[1:]))
+        dims = (0, None if self.shared else 0, *(0 for _ in batch))
+        gradients, value = vmap(grad_and_value(lambda th, z, *b: loss(th, (z, *b)), argnums=(0, 1)), dims)(theta, seen, *batch)
+        return gradients, value
 
-    def judge(self, theta: Tensor, batch: Batch) -> Tensor:
-        """The loss of each task's weights on a fixed batch of its own: [G], differentiable in theta alone.
+    def judge(self, theta: Tensor, batch: Batch, seen: Tensor | None = None) -> Tensor:
+        """The loss of each task's weights on a fixed batch of its own: [G], differentiable in theta and ``seen``.
 
-        theta: [G, P]. batch: members [G, R, ...], not differentiated (real data). Value and gradient come in one compiled pass.
+        theta: [G, P]. batch: members [G, R, ...], not differentiated (real data). Values and gradients come in one pass.
+        seen: for ``judge_loss``: synthetic images [B, ...] if tasks share them, else [G, B, ...].
         """
-        size = self.judge_group or len(theta)
+        size, seen = self.judge_group or len(theta), seen if self.judge_loss is not None else None
         pieces = zip(torch.split(theta, size), *(torch.split(b, size) for b in batch), strict=True)
-        values: list[Tensor] = [_Judge.apply(self, *piece) for piece in pieces]
+        parts = [seen] * -(-len(theta) // size) if seen is None or self.shared else torch.split(seen, size)
+        values: list[Tensor] = [_Judge.apply(self, th, part, *b) for (th, *b), part in zip(pieces, parts, strict=True)]
         return torch.cat(values)
 
     def pick(self, batches: Batch, index: int) -> Batch:
@@ -183,16 +203,21 @@ class _Judge(torch.autograd.Function):
     """Loss values whose gradients were computed along with them."""
 
     @staticmethod
-    def forward(ctx: Any, inner: Inner, theta: Tensor, *batch: Tensor) -> Tensor:
-        gradient, value = inner._judge(theta.detach(), batch)
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, inner: Inner, theta: Tensor, seen: Tensor | None, *batch: Tensor) -> Tensor:
+        gradients, value = inner._judge(theta.detach(), None if seen is None else seen.detach(), batch)
+        ctx.save_for_backward(*gradients)
+        ctx.shared = inner.shared
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (None, gradient * lam[:, None], *(None,) * (len(ctx.needs_input_grad) - 2))
+        gradient, *rest = ctx.saved_tensors
+        through = None
+        if rest:
+            through = rest[0] * lam.view(-1, *[1] * (rest[0].dim() - 1))
+            through = through.sum(0) if ctx.shared else through
+        return (None, gradient * lam[:, None], through, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 class _Unroll(torch.autograd.Function):

@@ -7,10 +7,14 @@ from metadist.data import Data
 from metadist.errors import UserError
 from metadist.metagrad.inner import Inner
 from metadist.methods.dd import Distillation, Window, whole
+from metadist.methods.implicit import Implicit
+from metadist.methods.matching import Matching
 from metadist.methods.poison import relabelled
 from metadist.methods.starts import Starts
 from metadist.methods.truncated import random_window
-from metadist.synthetic.images import Images
+from metadist.nets import Learner
+from metadist.nets.loss import with_l2
+from metadist.synthetic.images import Synthetic
 
 
 def window_of(config: Config) -> Window:
@@ -26,8 +30,14 @@ def window_of(config: Config) -> Window:
     return random_window(steps, inner.window, inner.loss_every, config.seed)
 
 
-def build(config: Config, data: Data, synthetic: Images, inner: Inner, starts: Starts) -> Distillation:
+def build(config: Config, data: Data, synthetic: Synthetic, inner: Inner, starts: Starts, learner: Learner) -> Distillation:
     """The method that ``config.method`` names."""
     method = config.method
     relabel = relabelled(method.attack, method.target) if method.objective == "poison" else None
+    inner = inner if synthetic.shared else inner.owning()
+    if method.gradient == "implicit":
+        penalized = inner.with_loss(with_l2(inner.loss, config.implicit.l2))
+        return Implicit(config, data, synthetic, inner, starts, penalized, relabel)
+    if method.gradient == "matching":
+        return Matching(config, data, synthetic, inner, starts, learner, relabel)
     return Distillation(config, data, synthetic, inner, starts, window_of(config), relabel)

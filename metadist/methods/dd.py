@@ -21,7 +21,7 @@ from metadist.data import Data
 from metadist.data.augment import augment
 from metadist.metagrad.inner import Inner
 from metadist.methods.starts import Starts
-from metadist.synthetic.images import Images, Phi
+from metadist.synthetic.images import Phi, Synthetic
 
 Relabel = Callable[[Tensor], Tensor]
 Window = Callable[[int], tuple[int, tuple[int, ...]]]
@@ -33,6 +33,7 @@ class Task(NamedTuple):
     theta0: [G, P] initial weights.
     x: [A, G, R, C, H, W] real images, one batch for each point of the meta-loss.
     y: [A, G, R] their labels.
+    drawn: what its synthetic batches depend on beside the parameters, if anything: [G, ...].
     start: inner steps that are run but not differentiated.
     at: the A step counts at which the meta-loss is taken.
     """
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     theta0: Tensor
     x: Tensor
     y: Tensor
+    drawn: Tensor | None
     start: int
     at: tuple[int, ...]
 
@@ -55,7 +57,7 @@ class Distillation:
 
     config: tasks, real_batch, seed, data.augment.
     data: real data; tasks draw from its training split.
-    synthetic: the learned images.
+    synthetic: what is learned: images, or a generator of them.
     inner: the inner training.
     starts: p(theta0).
     window: meta-step -> (start, at).
@@ -66,7 +68,7 @@ class Distillation:
         self,
         config: Config,
         data: Data,
-        synthetic: Images,
+        synthetic: Synthetic,
         inner: Inner,
         starts: Starts,
         window: Window,
@@ -90,11 +92,17 @@ class Distillation:
         if config.data.augment != "none":
             keys = draw.key(config.seed, "augment", step, tasks)
             x = torch.stack([augment(config.data.augment, draw.split(keys, a), x[a]) for a in range(len(at))])
-        return Task(self.starts.sample(step, tasks), x, self.relabel(y) if self.relabel else y, start, at)
+        drawn = self.synthetic.draw(draw.key(config.seed, "curriculum", step, tasks))
+        return Task(self.starts.sample(step, tasks), x, self.relabel(y) if self.relabel else y, drawn, start, at)
+
+    def figures(self) -> dict[str, float]:
+        """What to log of the last tasks besides their loss."""
+        return {}
 
     def loss(self, phi: Phi, task: Task) -> Tensor:
         """The meta-loss of each task [G]: mean over the points ``at`` of the loss on real data."""
-        batches, h = self.synthetic.batches(phi), self.synthetic.schedule(phi)
+        batches, h = self.synthetic.batches(phi, task.drawn), self.synthetic.schedule(phi)
         thetas = self.inner.unroll(task.theta0, batches, self.synthetic.order, h, task.at, task.start)
-        points = zip(thetas, task.x, task.y, strict=True)
-        return torch.stack([self.inner.judge(theta, (x, y)) for theta, x, y in points]).mean(0)
+        seen = [self.inner.pick(batches, self.synthetic.order[t - 1])[0] for t in task.at]
+        points = zip(thetas, task.x, task.y, seen, strict=True)
+        return torch.stack([self.inner.judge(theta, (x, y), z) for theta, x, y, z in points]).mean(0)

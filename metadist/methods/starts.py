@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metadist import draw
 from metadist.nets import Learner
+from metadist.nets.widths import narrowed
 
 
 class Starts(Protocol):
@@ -56,6 +57,24 @@ class Random:
     def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
         """Draws of another stream."""
         return self.learner.init(draw.key(self.seed, purpose, 0, torch.arange(count, device=self.device)))
+
+
+class RandomWidth(Random):
+    """method.init=random with net.draw_width: every draw is a network of its own width (see metadist.nets.widths)."""
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        """Weights of these tasks."""
+        return narrowed(self.learner, super().sample(step, tasks), draw.key(self.seed, "width", step, tasks))
+
+    def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
+        """Draws of another stream."""
+        keys = draw.key(self.seed, f"{purpose} width", 0, torch.arange(count, device=self.device))
+        return narrowed(self.learner, super().held_out(count, purpose), keys)
+
+
+def fresh(learner: Learner, seed: int, draw_width: bool = False) -> Random:
+    """Random initializations of a learner on its device, of random widths if the net has them."""
+    return (RandomWidth if draw_width else Random)(learner, seed, learner.device)
 
 
 class Pretrained:

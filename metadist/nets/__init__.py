@@ -23,10 +23,12 @@ from metadist.errors import UserError, unknown
 from metadist.nets import custom
 from metadist.nets.alexcifar import alexcifar
 from metadist.nets.convnet import convnet
+from metadist.nets.gtn import gtn
 from metadist.nets.learner import Learner
 from metadist.nets.lenet import lenet
 from metadist.nets.mlp import mlp
 from metadist.nets.resnet import resnet18, resnet50
+from metadist.nets.weight_norm import weight_normed
 
 __all__ = ["NAMES", "Learner", "build"]
 
@@ -40,6 +42,7 @@ _FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "convnet": (convnet, _CONVNET),
     "resnet18": (resnet18, {}),
     "resnet50": (resnet50, {}),
+    "gtn": (gtn, {"width": "width", "depth": "depth", "draw_width": "widest"}),
 }
 NAMES: tuple[str, ...] = (*_FAMILIES, "custom")
 
@@ -48,7 +51,7 @@ def _options(cfg: NetConfig) -> dict[str, Any]:
     """The family's arguments; 0 leaves its own default. Raises UserError for an option that it has no use for."""
     known = _FAMILIES[cfg.name][1] if cfg.name in _FAMILIES else {"target": "", "kwargs": ""}
     plain = NetConfig()
-    for key in ("width", "depth", "norm", "activation", "pooling", "target", "kwargs"):
+    for key in ("width", "depth", "draw_width", "norm", "activation", "pooling", "target", "kwargs"):
         value = getattr(cfg, key)
         if key not in known and value != getattr(plain, key):
             raise UserError(
@@ -57,6 +60,10 @@ def _options(cfg: NetConfig) -> dict[str, Any]:
         if key in ("width", "depth") and value < 0:
             raise UserError(f"net.{key}={value} must be 1 or more, or 0 for the net's own default")
     return {name: getattr(cfg, key) for key, name in known.items() if name and getattr(cfg, key)}
+
+
+def _normed(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: weight_normed(make())
 
 
 def build(
@@ -79,4 +86,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         module = make() if make else _FAMILIES[cfg.name][0](channels, size, classes, **options)
+        if cfg.weight_norm:
+            module = weight_normed(module)
+            make = _normed(make) if make else None
     return Learner(module, cfg.init, make, dtype, device, classes)

@@ -28,6 +28,7 @@ from metadist.errors import UserError
 from metadist.nets import layers
 from metadist.nets.init import rebuild
 from metadist.nets.watch import Call, Watch, describe, first_line, named, same_generators
+from metadist.nets.weight_norm import is_gain
 
 if TYPE_CHECKING:
     from metadist.nets.learner import Learner
@@ -220,6 +221,16 @@ def _widened(learner: Learner, x: Tensor) -> Learner:
     return wide
 
 
+def _not_zero(learner: Learner, theta: Tensor) -> None:
+    """Normalized weights need a direction: an output whose weights all start at zero has none."""
+    modules = dict(learner.template.named_modules())
+    for name, value in learner.views(theta).items():
+        path, _, local = name.rpartition(".")
+        if is_gain(modules[path], local) and bool((value == 0).any()):
+            raise UserError(f"net.weight_norm=true: layer {path} has outputs whose weights start at zero: no direction; "
+                            "start them elsewhere (net.init=kaiming), or leave it out")  # fmt: skip
+
+
 def check(learner: Learner, x: Tensor, form: Form) -> None:
     """See ``Learner.check``."""
     if x.dim() != 4 or len(x) < 2:
@@ -228,6 +239,7 @@ def check(learner: Learner, x: Tensor, form: Form) -> None:
     _reproducible(learner, keys[0])
     learner = _widened(learner, x)
     theta, x = learner.init(keys)[0], x.to(learner.device, learner.dtype)
+    _not_zero(learner, theta)
     logits, watch = _plain(learner, theta, x)
     if not torch.allclose(learner(theta, x), logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
         raise UserError("the net uses tensors that are neither its parameters nor its buffers; register them in the module")

@@ -5,6 +5,7 @@ Design choices
   are drawn together or where.
 - ``xavier``, ``kaiming`` and ``orthogonal`` speak of convolution and linear weights: their biases are zero, a normalization's
   weight 1 and bias 0. ``default`` is PyTorch's own: U(-b, b), b = 1/sqrt(fan_in), for weight and bias.
+- The gain of a normalized weight is its norm: the net computes what it would without it.
 - Any other parameter (an embedding, a class token) keeps the module's own distribution: the module is built again by its
   ``factory`` with the CPU generator seeded from the key, or its ``reset_parameters`` are called so. A user's module with
   ``default`` is drawn like this as a whole.
@@ -25,13 +26,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from metadist import draw
 from metadist.errors import UserError, unknown
+from metadist.nets import weight_norm
 
 INITS = ("xavier", "kaiming", "orthogonal", "default")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a net: its name, shape, role (weight | bias | one | zero | own) and its layer's fan-in."""
+    """One parameter of a net: its name, shape, role (weight | bias | one | zero | gain | own) and its layer's fan-in."""
 
     name: str
     shape: torch.Size
@@ -49,7 +51,7 @@ def _role(owner: nn.Module, local: str) -> tuple[str, int]:
         return local, math.prod(owner.weight.shape[1:])
     if isinstance(owner, _NormBase | nn.GroupNorm | nn.LayerNorm | nn.RMSNorm) and local in ("weight", "bias"):
         return ("one" if local == "weight" else "zero"), 0
-    return "own", 0
+    return ("gain" if weight_norm.is_gain(owner, local) else "own"), 0
 
 
 def parameters(module: nn.Module) -> list[Parameter]:
@@ -137,11 +139,22 @@ def initialize(
     whole = kind == "default" and factory is not None
     own = [p.name for p in specs if whole or p.role == "own"]
     rebuilt = [rebuild(module, factory, key) for key in keys] if own else []
-    columns = []
+    drawn: dict[str, Tensor] = {}
     for i, p in enumerate(specs):
-        if p.name in own:
-            value = torch.stack([r[p.name] for r in rebuilt]).to(keys.device, dtype)
+        if p.role == "gain":
+            drawn[p.name] = _gain(module, p, drawn, len(keys))
+        elif p.name in own:
+            drawn[p.name] = torch.stack([r[p.name] for r in rebuilt]).to(keys.device, dtype)
         else:
-            value = _draw(kind, p, draw.split(keys, i), dtype)
-        columns.append(value.reshape(len(keys), -1))
-    return torch.cat(columns, dim=1)
+            drawn[p.name] = _draw(kind, p, draw.split(keys, i), dtype)
+    return torch.cat([value.reshape(len(keys), -1) for value in drawn.values()], dim=1)
+
+
+def _gain(module: nn.Module, p: Parameter, drawn: dict[str, Tensor], count: int) -> Tensor:
+    """[G, O]: the norms of its layer's weights, be they drawn, tied to another layer's, or frozen."""
+    weight = module.get_submodule(p.name.rpartition(".")[0]).weight
+    assert isinstance(weight, Tensor)
+    if not weight.requires_grad:
+        return weight_norm.norms(weight.detach()[None]).expand(count, -1)
+    names = {id(v): name for name, v in module.named_parameters()}
+    return weight_norm.norms(drawn[names[id(weight)]])

@@ -32,6 +32,36 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+class MeanOnlyBatchNorm(_BatchNorm):
+    """Batch normalization that takes away the mean and leaves the variance alone (Salimans and Kingma, arXiv 1602.07868).
+
+    x: [B, C, ...]. It has a bias [C], no factor; ``running_var`` stays 1.
+    """
+
+    def __init__(self, features: int) -> None:
+        """features: C."""
+        super().__init__(features, affine=False)
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def reset_parameters(self) -> None:
+        """Bias 0."""
+        self.reset_running_stats()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape; in training by the batch's mean, else by the running one."""
+        mean = self.running_mean
+        assert mean is not None and self.num_batches_tracked is not None
+        if self.training:
+            mean = x.mean([d for d in range(x.dim()) if d != 1])
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.detach(), share)  # type: ignore[union-attr]
+        return x + _spread(self.bias - mean, x)
+
+
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe and Szegedy, arXiv 1502.03167) without side effects, made from PyTorch's own layer.
 
@@ -44,7 +74,7 @@ class BatchNorm(nn.Module):
         """Shares ``source``'s parameters and buffers; ``name`` is its place in the net."""
         super().__init__()
         self.weight, self.bias, self.eps = source.weight, source.bias, source.eps
-        self.name, self.seen = name, seen
+        self.name, self.seen, self.mean_only = name, seen, isinstance(source, MeanOnlyBatchNorm)
         # Without running statistics PyTorch normalizes by the batch in evaluation too.
         self.mode: Mode = mode if source.running_mean is not None else "batch"
         self.register_buffer("running_mean", source.running_mean)
@@ -64,6 +94,8 @@ class BatchNorm(nn.Module):
             var, mean = torch.var_mean(wide, dims, correction=0)
         if self.mode == "record":
             self.seen[self.name] = torch.stack((mean, var * (n / (n - 1))))
+        if self.mean_only:
+            return (wide + _spread(self.bias - mean, x)).to(x.dtype)
         # One factor and one shift per channel, as PyTorch's own CPU kernel has it: two passes over the images instead of four.
         scale = (var + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight
@@ -135,7 +167,8 @@ class LocalResponseNorm(nn.Module):
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Is this PyTorch's batch normalization, its forward pass not overridden by the user?"""
-    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, MeanOnlyBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in known
 
 
 def _replacement(module: nn.Module, name: str, mode: Mode, seen: dict[str, Tensor]) -> nn.Module | None:

@@ -13,6 +13,25 @@ if TYPE_CHECKING:
     from metadist.nets.learner import Learner
 
 
+def judging_loss(learner: Learner) -> Loss:
+    """The loss (theta [P], (z, x, y)) -> mean cross-entropy on x [R, C, H, W], y [R], of a net as it is evaluated.
+
+    z: [B, C, H, W], the images that BatchNorm's statistics are taken from: synthetic ones, as in every evaluation. By the real
+    batch's own statistics, the meta-loss would be that of another net than the one that is judged.
+    """
+
+    def loss(theta: Tensor, batch: Batch) -> Tensor:
+        z, x, y = batch
+        return cross_entropy(learner.predict(theta, learner.statistics(theta, z), x), y)
+
+    return loss
+
+
+def with_l2(loss: Loss, weight: float) -> Loss:
+    """``loss`` + weight / 2 * |theta|^2."""
+    return lambda theta, batch: loss(theta, batch) + 0.5 * weight * theta.square().sum()
+
+
 def cross_entropy_loss(learner: Learner, weight_decay: float = 0.0) -> Loss:
     """The loss (theta [P], (x [B, C, H, W], y)) -> mean cross-entropy + weight_decay / 2 * |theta|^2.
 

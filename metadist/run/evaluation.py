@@ -50,7 +50,7 @@ from metadist.evaluate import fitting, picture, report
 from metadist.evaluate.report import Report, Row
 from metadist.evaluate.settings import Settings
 from metadist.evaluate.suite import Examination
-from metadist.methods.starts import Random, Starts
+from metadist.methods.starts import Starts, fresh
 from metadist.nets import Learner
 from metadist.run import gradient_check
 from metadist.run.evaluation_keys import USAGE, Words, parse
@@ -139,7 +139,7 @@ def starts(given: Subject, words: Words, config: Config, learner: Learner, data:
                 f"data={words.data}: this run's pre-trained networks belong to its own data; leave data= out or give net="
             )
         return starts_of(config, learner, data, learner.device), "held-out pre-trained networks"
-    return Random(learner, seed, learner.device), f"fresh {config.net.init} initializations"
+    return fresh(learner, seed, config.net.draw_width), f"fresh {config.net.init} initializations"
 
 
 def examine(given: Subject, words: Words, settings: Settings, config: Config) -> Report:

@@ -47,6 +47,7 @@ def finish(
         "test": test["score"],
         "figures": {k: v for k, v in test.items() if k != "score"},
         "images": setup.synthetic.count,
+        "synthetic": config.method.synthetic,
         "skipped": state.skipped,
         "rollbacks": state.rollbacks,
         "minutes": round(minutes, 2),
@@ -79,7 +80,7 @@ def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary:
 
 def text(summary: dict[str, Any], folder: RunFolder) -> str:
     """What a person reads at the end."""
-    kind = {"images": f"{summary['images']} distilled images"}["images"]
+    kind = f"{summary['images']} {'generated' if summary['synthetic'] == 'generator' else 'distilled'} images"
     what = f"{summary['method']} on {summary['data']}, {summary['net']}"
     lines = [f"{what}, {summary['steps']} meta-steps, {summary['minutes']:.1f} min"]
     # A poisoned set's score counts class K as right where it is read as T: not what a baseline's accuracy means.

@@ -19,12 +19,13 @@ from metadist.config import Config
 from metadist.data import Data, Split
 from metadist.metagrad.inner import Inner
 from metadist.methods.starts import Starts
-from metadist.nets.loss import cross_entropy_loss
+from metadist.nets.loss import cross_entropy_loss, judging_loss
 from metadist.run.compute import Compute
 from metadist.run.folder import RunFolder
-from metadist.run.setup import Setup, build
-from metadist.synthetic.images import Images, Phi
+from metadist.run.setup import Setup, build, synthetic_of
+from metadist.synthetic.images import CARRIED, Phi
 
+EXACT_TERMS = 200
 _GROUP = 8  # tasks at once, where the run has not fixed a number
 
 
@@ -54,15 +55,20 @@ class _Wide:
 def exact(setup: Setup) -> Setup:
     """The run without approximations: float64, fp32 units out of play, the whole unroll."""
     config = copy.deepcopy(setup.config)
-    config.method.gradient, config.inner.window = "unrolled", 0
+    if config.method.gradient == "truncated":
+        config.method.gradient, config.inner.window = "unrolled", 0
+    if config.method.gradient == "implicit":  # the same learners, their systems solved by many more products
+        config.implicit.solver, config.implicit.terms = "cg", EXACT_TERMS
     config.engine.dtype, config.engine.precision, config.engine.mixed = "float64", "fp32", "reverse"
     data, wide = _widened(setup.data), torch.float64
     classes = len(data.classes)
     learner = nets.build(config.net, data.channels, data.size, classes, wide, setup.device)
-    synthetic = Images(config, classes, data.train.x.shape[1:], wide, setup.device)
-    inner, starts = Inner(cross_entropy_loss(learner), synthetic.optimizer), _Wide(setup.starts)
-    method = methods.build(config, data, synthetic, inner, starts)
-    method.window = lambda step: (0, setup.method.window(step)[1])
+    synthetic = synthetic_of(config, data, wide, setup.device)
+    judge = judging_loss(learner) if learner.buffers_size else None
+    inner, starts = Inner(cross_entropy_loss(learner), synthetic.optimizer, judge_loss=judge), _Wide(setup.starts)
+    method = methods.build(config, data, synthetic, inner, starts, learner)
+    if config.method.gradient == "unrolled":
+        method.window = lambda step: (0, setup.method.window(step)[1])
     return Setup(config, setup.device, data, learner, synthetic, starts, inner, method)
 
 
@@ -77,7 +83,7 @@ def gradient(setup: Setup, phi: Phi, step: int) -> dict[str, Tensor]:
     group = min(setup.config.engine.group or _GROUP, len(tasks))
     total = Compute(setup.method, group, setup.device, static=False)(phi, step, tasks).to("cpu", torch.float64)
     parts = torch.split(total[:-2] / total[-1], [p.numel() for p in phi.values()])
-    return dict(zip(phi, parts, strict=True))
+    return {k: v for k, v in zip(phi, parts, strict=True) if not k.startswith(CARRIED)}
 
 
 def compare(given: dict[str, Tensor], right: dict[str, Tensor]) -> list[Bias]:

@@ -16,7 +16,7 @@ from io import StringIO
 from typing import Any
 
 from metadist import config as config_module
-from metadist import identity
+from metadist import config_machine, identity
 from metadist.run.compose import compose
 from metadist.run.overrides import config_dir, groups
 
@@ -76,18 +76,22 @@ def _presets() -> Iterator[str]:
 
 def _keys() -> Iterator[str]:
     """One line a key: sections first in the order of Config, then the keys of the top level."""
-    source = inspect.getsource(config_module)
-    tokens = tokenize.generate_tokens(StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    classes, meanings = dict[str, ast.ClassDef](), dict[str, str]()
+    for module in (config_machine, config_module):
+        source = inspect.getsource(module)
+        tokens = tokenize.generate_tokens(StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        found = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+        meanings |= {f"{c}.{n}": comments.get(i, "") for c, node in found.items() for n, _, i in _fields(node)}
+        classes |= found
     defaults = identity.flatten(compose())
     top: list[str] = []
-    for name, kind, line in _fields(classes["Config"]):
+    for name, kind, _ in _fields(classes["Config"]):
         if kind not in classes:
-            top.append(_line(name, defaults, comments.get(line, "")))
+            top.append(_line(name, defaults, meanings[f"Config.{name}"]))
             continue
         yield f"  {name}: {(ast.get_docstring(classes[kind]) or '').splitlines()[0]}"
-        yield from (_line(f"{name}.{n}", defaults, comments.get(i, "")) for n, _, i in _fields(classes[kind]))
+        yield from (_line(f"{name}.{n}", defaults, meanings[f"{kind}.{n}"]) for n, _, _ in _fields(classes[kind]))
     yield from ["  without a section:", *top]
 
 

@@ -22,7 +22,9 @@ from metadist.exchange import Exchange
 from metadist.methods.poison import figures
 from metadist.run.setup import Setup
 from metadist.synthetic.distilled import DistilledSet, theta0_recipe
+from metadist.synthetic.generator import Generator
 from metadist.synthetic.images import Phi
+from metadist.synthetic.maker import Maker
 
 REPORT_NETS = 20  # networks of the short report at the end of a run
 CURVE_NETS = 10  # of them, those whose accuracy is followed from step to step
@@ -90,9 +92,11 @@ def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> Dis
         # Drawn again by its recipe: the file stays as small as its images.
         manifest["theta0_recipe"] = theta0_recipe(net, config.seed, theta0)
         theta0 = None
+    with torch.no_grad():
+        images, labels = (v.flatten(0, 1).cpu() for v in synthetic.batches(phi))
     return DistilledSet(
-        images=phi["images"].detach().cpu(),
-        labels=synthetic.labels(phi).detach().cpu(),
+        images=images,
+        labels=labels,
         order=torch.tensor(synthetic.order),
         lr=synthetic.rates(phi).detach().cpu(),
         normalization=setup.data.normalization,
@@ -100,6 +104,7 @@ def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> Dis
         optimizer=dataclasses.asdict(synthetic.optimizer),
         theta0=theta0,
         manifest=manifest,
+        maker=Maker.of(synthetic, phi) if isinstance(synthetic, Generator) else None,
     )
 
 

@@ -41,6 +41,8 @@ NAMES: dict[str, str] = {
     "peak_memory_mb": "peak memory of rank 0 in MB: resident on a CPU, tensors on a GPU",
     "skipped": "meta-steps skipped so far because their gradient was not finite or exploded",
     "rollbacks": "roll-backs to the last checkpoint so far, each with half the meta rate after it",
+    "residual": "implicit: |lambda - (H + damping) v| / |lambda| of the last tasks' systems; 0: solved exactly",
+    "inner_gradient_norm": "implicit: norm of the inner loss's gradient where the last tasks' training ended",
     "staleness": "server: versions that each applied gradient was behind, since the last log",
     "accepted": "server: gradients accepted since its start",
     "stale": "server: gradients refused for their staleness, their tasks handed out again",
@@ -62,6 +64,7 @@ PUBLISH_S = 2.0
 ROWS: dict[str, tuple[str, ...]] = {
     "learning": ("meta_loss", "grad_norm", "valid_accuracy", "valid_accuracy_sd", "meta_rate"),
     "seconds": ("step_s", "compute_s", "exchange_s", "data_s", "tasks_per_s", "peak_memory_mb"),
+    "implicit": ("residual", "inner_gradient_norm"),
     "trouble": ("skipped", "rollbacks"),
     "server": (
         "staleness",

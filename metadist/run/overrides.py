@@ -47,7 +47,7 @@ def config_dir() -> Path:
 @functools.cache
 def groups() -> dict[str, tuple[str, ...]]:
     """Every group and its options."""
-    folders = sorted(p for p in config_dir().iterdir() if p.is_dir())
+    folders = sorted(p for p in config_dir().iterdir() if p.is_dir() and p.name != "compare")  # that one is no Hydra group
     return {p.name: tuple(sorted(f.stem for f in p.glob("*.yaml"))) for p in folders}
 
 

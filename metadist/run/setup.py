@@ -19,11 +19,12 @@ from metadist.evaluate.train import at_once
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.mixed import Batch, Loss
 from metadist.methods.dd import Distillation
-from metadist.methods.starts import Fixed, Pretrained, Random, Starts
+from metadist.methods.starts import Fixed, Pretrained, Starts, fresh
 from metadist.nets import Learner
-from metadist.nets.loss import cross_entropy_loss
+from metadist.nets.loss import cross_entropy_loss, judging_loss
 from metadist.run.validate import validate_with_data
-from metadist.synthetic.images import Images
+from metadist.synthetic.generator import Generator
+from metadist.synthetic.images import Images, Synthetic
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -36,7 +37,7 @@ class Setup:
     device: torch.device
     data: Data
     learner: Learner
-    synthetic: Images
+    synthetic: Synthetic
     starts: Starts
     inner: Inner
     method: Distillation
@@ -50,8 +51,8 @@ class Setup:
         """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""
         graph = self.device.type == "cuda" and not self.static
         old = self.inner
-        inner = Inner(old.loss, old.optimizer, old.form, compile, graph, judge_group=old.judge_group)
-        method = methods.build(self.config, self.data, self.synthetic, inner, self.starts)
+        inner = Inner(old.loss, old.optimizer, old.form, compile, graph, judge_group=old.judge_group, judge_loss=old.judge_loss)
+        method = methods.build(self.config, self.data, self.synthetic, inner, self.starts, self.learner)
         return dataclasses.replace(self, inner=inner, method=method)
 
 
@@ -87,13 +88,19 @@ def starts_of(config: Config, learner: Learner, data: Data, device: torch.device
     if config.method.init == "fixed":
         return Fixed(learner, config.seed, device)
     if config.method.init == "random":
-        return Random(learner, config.seed, device)
+        return fresh(learner, config.seed, config.net.draw_width)
     where = {"root", "download"}
     described = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in where}
     identity = {"net": dataclasses.asdict(config.net), "data": described, "seed": config.seed, "dtype": config.engine.dtype}
     if config.smoke:  # trained on a few images only
         identity["smoke"] = True
     return Pretrained(pool(config, learner, data, identity), config.pretrained.held_out, config.seed)
+
+
+def synthetic_of(config: Config, data: Data, dtype: torch.dtype, device: torch.device) -> Synthetic:
+    """What is learned. Raises UserError for images that the generator can't make."""
+    kind = Generator if config.method.synthetic == "generator" else Images
+    return kind(config, len(data.classes), data.train.x.shape[1:], dtype, device)
 
 
 def build(config: Config, data: Data | None = None, learner: Learner | None = None) -> Setup:
@@ -114,9 +121,10 @@ def build(config: Config, data: Data | None = None, learner: Learner | None = No
         draw.normal(draw.key(config.seed, "check", 0, torch.zeros((), dtype=torch.int64, device=device)), shape, dtype)
     )
     starts = starts_of(config, learner, data, device)
-    synthetic = Images(config, len(data.classes), data.train.x.shape[1:], dtype, device)
+    synthetic = synthetic_of(config, data, dtype, device)
     loss = with_precision(cross_entropy_loss(learner), config.engine.precision, device)
     alone = at_once(learner, 0, config.real_batch)
-    inner = Inner(loss, synthetic.optimizer, config.engine.mixed, judge_group=alone)
-    method = methods.build(config, data, synthetic, inner, starts)
+    judge = with_precision(judging_loss(learner), config.engine.precision, device) if learner.buffers_size else None
+    inner = Inner(loss, synthetic.optimizer, config.engine.mixed, judge_group=alone, judge_loss=judge)
+    method = methods.build(config, data, synthetic, inner, starts, learner)
     return Setup(config, device, data, learner, synthetic, starts, inner, method)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metadist.config import MetaConfig
-from metadist.synthetic.images import Phi
+from metadist.synthetic.images import CARRIED, Phi
 
 _COUNTERS = ("step", "bad", "skipped", "rollbacks", "scale", "best_valid", "best_step")
 
@@ -39,9 +39,14 @@ class MetaState:
         self.loss = self.grad_norm = math.nan
         self.optimizer = self._optimizer()
 
+    @property
+    def learned(self) -> list[tuple[str, Tensor]]:
+        """What the optimizer moves; the rest is carried."""
+        return [(k, v) for k, v in self.phi.items() if not k.startswith(CARRIED)]
+
     def _optimizer(self) -> torch.optim.Optimizer:
         c = self.config
-        groups = [{"params": [p], "lr": self._base_rate(name)} for name, p in self.phi.items()]
+        groups = [{"params": [p], "lr": self._base_rate(name)} for name, p in self.learned]
         if c.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=c.lr, momentum=c.beta1)
         return torch.optim.Adam(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
@@ -75,26 +80,37 @@ class MetaState:
     def apply(self, total: Tensor) -> MetaState:
         """One meta-step from the combined buffer [gradient sum..., loss sum, task count]; returns itself."""
         count = total[-1]
-        grad = total[:-2] / count
+        sizes = [p.numel() for p in self.phi.values()]
+        sums = dict(zip(self.phi, torch.split(total[:-2], sizes), strict=True))
+        grad = torch.cat([sums[name] for name, _ in self.learned]) / count
         norm, self.loss = (float(v) for v in torch.stack((torch.linalg.vector_norm(grad), total[-2] / count)).tolist())
         self.grad_norm = norm
         if math.isfinite(norm) and math.isfinite(self.loss) and norm <= self.config.explode:
             self.bad = 0
             self._update(grad if not self.config.clip else grad * min(1.0, self.config.clip / max(norm, 1e-30)))
+            self._carry(sums)
         else:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
         self.step += 1
         return self
 
     def _update(self, grad: Tensor) -> None:
-        parts = torch.split(grad, [p.numel() for p in self.phi.values()])
+        parts = torch.split(grad, [p.numel() for _, p in self.learned])
         factor = self.factor()
-        for (name, p), part, group in zip(self.phi.items(), parts, self.optimizer.param_groups, strict=True):
+        for (name, p), part, group in zip(self.learned, parts, self.optimizer.param_groups, strict=True):
             p.grad = part.view_as(p).to(p.dtype)
             group["lr"] = self._base_rate(name) * factor
         self.optimizer.step()
         for name, value in self.average.items():
             value.lerp_(self.phi[name].detach(), 1 - self.config.ema)
+
+    def _carry(self, sums: dict[str, Tensor]) -> None:
+        """What tasks hand on to the next meta-step: each has put its own rows into the sum."""
+        with torch.no_grad():
+            for name, value in self.phi.items():
+                if name.startswith(CARRIED):
+                    value.copy_(sums[name].view_as(value))
+                    self.average[name].copy_(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name; what belongs to the optimizer as opt/<parameter>/<buffer>."""

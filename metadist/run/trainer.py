@@ -219,7 +219,7 @@ class Trainer:
         else:
             each = {"step_s": each["step_s"]}
         own, spreads = self.exchange.figures()
-        values |= own
+        values |= own | self.setup.method.figures()
         for name, counts in spreads.items():
             self.monitor.histogram(state.step, name, counts)
         values |= each | {"tasks_per_s": batch_of(self.config) / max(each["step_s"], 1e-9)}

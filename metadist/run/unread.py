@@ -12,8 +12,21 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     belong = {
         "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
         "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
+        "method.synthetic=generator": (
+            method.synthetic == "generator",
+            ["generator", *(k for k in flatten(config) if k.startswith("generator."))],
+        ),
+        "method.gradient=implicit": (
+            method.gradient == "implicit",
+            ["implicit", *(k for k in flatten(config) if k.startswith("implicit."))],
+        ),
+        "implicit.solver=neumann": (method.gradient != "implicit" or config.implicit.solver == "neumann", ["implicit.step"]),
+        "implicit.warm_start=true": (method.gradient != "implicit" or config.implicit.warm_start, ["implicit.restart"]),
+        "method.gradient=matching": (method.gradient == "matching", ["matching", "matching.distance"]),
+        "method.gradient=unrolled, truncated or matching": (method.gradient != "implicit", ["inner.loss_every"]),
+        "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
-        "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum", "inner.learn_momentum"]),
+        "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
         "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
         "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),

@@ -15,6 +15,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
+from metadist.run import validate_machine
 
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
@@ -22,17 +23,24 @@ METHODS: dict[str, dict[str, str]] = {
     "dd_pretrained_init": {"init": "pretrained", "objective": "real"},
     "truncated": {"gradient": "truncated", "objective": "real"},
     "dd_poison": {"init": "pretrained", "objective": "poison"},
+    "dd_implicit": {"synthetic": "images", "gradient": "implicit", "objective": "real"},
+    "gtn_implicit": {"synthetic": "generator", "gradient": "implicit", "objective": "real"},
+    "gtn_matching": {"synthetic": "generator", "gradient": "matching", "objective": "real"},
+    "gtn": {"synthetic": "generator", "gradient": "unrolled", "objective": "real"},
     "lower_bound": {},
 }
 """Published names and the words each of them stands for; the other words are free."""
 
 DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder")
-NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "custom")
+NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "custom")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
-    "method.synthetic": ("images",),
-    "method.gradient": ("unrolled", "truncated"),
+    "method.synthetic": ("images", "generator"),
+    "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
+    "method.gradient": ("unrolled", "truncated", "implicit", "matching"),
+    "implicit.solver": ("neumann", "cg"),
+    "matching.distance": ("cosine", "l2"),
     "method.init": ("fixed", "random", "pretrained"),
     "method.objective": ("real", "poison"),
     "pretrained.data": DATA,
@@ -68,6 +76,8 @@ AT_LEAST_1 = (
     "lower_bound.dimension", "lower_bound.samples", "lower_bound.trials",
     "cluster.nodes", "cluster.cpus_per_task", "cluster.timeout_min", "cluster.array_parallelism", "cluster.signal_delay_s",
     "exchange.shards", "cluster.server_cpus",
+    "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
+    "implicit.steps", "implicit.restart", "implicit.terms",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -75,11 +85,12 @@ AT_LEAST_0 = (
     "net.depth", "data.split_seed", "cluster.tasks_per_node", "cluster.gpus_per_node", "cluster.mem_gb",
     "cluster.max_num_timeout", "cluster.max_restarts", "cluster.server_mem_gb", "cluster.server_timeout_min",
     "exchange.max_staleness", "exchange.damping", "exchange.batch",
-    "exchange.deadline_s", "exchange.item", "exchange.queue",
+    "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
+    "implicit.step",
 )  # fmt: skip
 BELOW_1 = ("inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
@@ -105,16 +116,16 @@ def validate(config: Config, here: bool = True) -> None:
     _inner(config)
     _data_and_net(config)
     _meta(config)
-    _machine(config)
-    _server(config)
+    validate_machine.machine(config)
+    validate_machine.server(config)
     if here:
-        _gpu(config)
+        validate_machine.gpu(config)
 
 
 def validate_with_data(config: Config, classes: int) -> None:
     """Raise UserError for what only the data's number of classes can tell."""
     images, steps = config.ipc * classes, config.inner.steps
-    if images % steps:
+    if config.method.synthetic == "images" and images % steps:
         allowed = ", ".join(str(d) for d in range(1, images + 1) if images % d == 0)
         total = f"the {images} distilled images (ipc={config.ipc} x {classes} classes)"
         raise UserError(f"inner.steps={steps} does not divide {total}; allowed: {allowed}")
@@ -177,11 +188,30 @@ def _inner(config: Config) -> None:
     if inner.loss_every > (inner.window or total):
         what = f"inner.window={inner.window}" if inner.window else length
         raise UserError(f"inner.loss_every={inner.loss_every} is beyond {what}; allowed: 0 to {inner.window or total}")
+    _gradient(config)
     if inner.learn_momentum and inner.optimizer == "sgd":
         raise UserError("inner.learn_momentum=true needs inner.optimizer=momentum or adam; sgd has no momentum")
     if inner.learn_momentum and inner.momentum == 0:
         raise UserError(
             "inner.learn_momentum=true learns through a sigmoid, which never is 0; start from inner.momentum above 0"
+        )
+
+
+def _gradient(config: Config) -> None:
+    """What implicit gradients and gradient matching can't learn, because their gradient in it is zero."""
+    kind, inner = config.method.gradient, config.inner
+    if kind not in ("implicit", "matching"):
+        return
+    for key, given in (("inner.learn_lr", inner.learn_lr), ("inner.learn_momentum", inner.learn_momentum)):
+        if given:
+            raise UserError(f"{key}=true, but method.gradient={kind} does not differentiate the training's path, so its rates "
+                            f"have no gradient; give {key}=false")  # fmt: skip
+    if kind == "implicit" and config.method.synthetic == "generator" and config.generator.curriculum not in ("full", "none"):
+        raise UserError(f"generator.curriculum={config.generator.curriculum} orders the steps of a training that "
+                        "method.gradient=implicit does not see; give full (learned codes) or none (fresh noise)")  # fmt: skip
+    if kind == "implicit" and not config.implicit.l2 and not config.implicit.damping:
+        raise UserError(
+            "implicit.l2=0 and implicit.damping=0: the Hessian then has directions without curvature; give one above 0"
         )
 
 
@@ -193,6 +223,10 @@ def _data_and_net(config: Config) -> None:
         raise UserError(f"data.path={data.path} is for data=folder; data={data.name} is found under data.root")
     if config.pretrained.data == "folder" and data.name != "folder":
         raise UserError("pretrained.data=folder would need a path of its own; use pretrained.path=<file of weights>")
+    if net.draw_width and config.method.init != "random":
+        raise UserError(
+            f"net.draw_width=true draws initializations anew; method.init={config.method.init} does not: leave it out"
+        )
     if net.name == "custom" and not net.target:
         raise UserError("net=custom needs net.target=<import path of an nn.Module class>, such as my.module.Net")
     if net.name != "custom" and (net.target or net.kwargs):
@@ -207,52 +241,3 @@ def _meta(config: Config) -> None:
         raise UserError(
             f"meta.decay_every={meta.decay_every} is for meta.schedule=step; meta.schedule={meta.schedule} has none"
         )
-
-
-def _machine(config: Config) -> None:
-    engine = config.engine
-    if config.run_dir == "":
-        raise UserError("run_dir is empty; give a folder, or leave it out")
-    if config.workers > config.tasks and config.exchange.name == "allreduce":
-        raise UserError(f"workers={config.workers} is more than tasks={config.tasks}: a worker without a task has no work; "
-                        f"give workers 1 to {config.tasks}, or more tasks")  # fmt: skip
-    if engine.dtype == "float64" and engine.precision != "fp32":
-        raise UserError(f"engine.precision={engine.precision} is for engine.dtype=float32; float64 is exact, use fp32")
-
-
-def _server(config: Config) -> None:
-    c, tasks = config.exchange, config.tasks
-    if c.name != "server":
-        return
-    if config.method.name == "lower_bound":
-        raise UserError("method=lower_bound takes a second on one core; leave exchange=server out")
-    batch = c.batch or tasks
-    for key, given, what in (("tasks", tasks, "a meta-step's tasks"), ("exchange.batch", batch, "the tasks a meta-step takes")):
-        if c.item and given % c.item:
-            raise UserError(f"exchange.item={c.item} does not divide {key}={given}, {what}; allowed: divisors of it, or 0")
-    if 0 < c.queue < -(-batch // (c.item or 1)):
-        raise UserError(f"exchange.queue={c.queue} holds less than a meta-step's gradients; give at least "
-                        f"{-(-batch // (c.item or 1))}, or 0")  # fmt: skip
-    if config.engine.dtype == "float64" and c.wire != "full":
-        raise UserError(f"exchange.wire={c.wire} is for engine.dtype=float32; float64 is exact, use full")
-
-
-def _gpu(config: Config) -> None:
-    if config.device == "auto" and config.engine.precision == "fp32" and config.exchange.backend != "nccl":
-        return  # nothing depends on whether a GPU is there: spare the import of torch
-    import torch
-
-    gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not gpu:
-        raise UserError(f"device=cuda, but torch {torch.__version__} sees no GPU here; use device=cpu or device=auto")
-    if config.engine.precision != "fp32" and (config.device == "cpu" or not gpu):
-        raise UserError(
-            f"engine.precision={config.engine.precision} names a GPU's matrix units, and this run is on a CPU; use fp32"
-        )
-    if config.exchange.backend != "nccl":
-        return
-    if config.device == "cpu" or not gpu:
-        raise UserError("exchange.backend=nccl works between GPUs, and this run is on a CPU; use gloo or auto")
-    gpus = torch.cuda.device_count()
-    if config.workers > gpus:
-        raise UserError(f"exchange.backend=nccl takes a GPU a worker: workers={config.workers}, GPUs {gpus}; use gloo or auto")

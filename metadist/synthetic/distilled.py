@@ -7,6 +7,7 @@
 
 Design choices
 - One checksummed safetensors file (metadist.store): tensors, and a manifest in JSON. Loading runs no code of the file.
+- A generator is kept instead of its images; they are made when the file is loaded, and others by ``fresh``.
 - Images are kept as float32, float16 or uint8 (see ``codec``); rates, order and labels are always exact.
 - A set for one fixed initialization holds its weights, or, to stay small, the recipe to draw them again (net, seed) with
   their SHA-256: other bits are an error, not a silent loss of accuracy.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from metadist.data.normalization import Normalization
 from metadist.errors import RunError, UserError, unknown
 from metadist.metagrad.optimizers import Optimizer
 from metadist.synthetic import codec, picture, replay
+from metadist.synthetic.maker import Maker
 
 FILE = "distilled.safetensors"
 STARTS = ("auto", "own")
@@ -51,6 +53,7 @@ class DistilledSet:
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"kind": "sgd"})  # kind, beta2, eps
     theta0: Tensor | None = None  # [P]: the one initialization this set is for; None: any
     manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON-able: method, data, classes, net, seed, metrics...
+    maker: Maker | None = None  # the generator that made the images, if one did
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other (UserError)."""
@@ -103,6 +106,16 @@ class DistilledSet:
         momentum = None if self.momentum is None else self.momentum.to(dtype)
         return Optimizer(**self.optimizer).schedule(self.lr.to(dtype), momentum)
 
+    def fresh(self, seed: int) -> DistilledSet:
+        """The set with newly made batches: another draw of its generator's curriculum ("full" has no other).
+
+        Raises UserError for a set of images.
+        """
+        if self.maker is None:
+            raise UserError("this set holds images, not a generator: there are no fresh batches; use batches()")
+        images, labels = self.maker.make(seed)
+        return replace(self, images=images, labels=labels)
+
     def normalize(self, x: Tensor) -> Tensor:
         """Real images x [N, C, H, W] in [0, 1] as this set's networks see them; UserError for other channels or sizes."""
         if tuple(x.shape[-3:]) != tuple(self.images.shape[1:]):
@@ -148,13 +161,19 @@ class DistilledSet:
     def save(self, path: Path | str, precision: str = "float32") -> None:
         """Write the set atomically, with a checksum.
 
-        precision: of the images: "float32" | "float16" | "uint8" (affine per image; a quarter of the size).
+        precision: of the images: "float32" | "float16" | "uint8" (affine per image; a quarter of the size); of a generator's
+            weights: the first two.
         Raises UserError for another precision, RunError when the disk refuses.
         """
-        tensors = codec.pack(self.images, precision) | {"labels": self.labels, "order": self.order, "lr": self.lr}
+        tensors = {"order": self.order, "lr": self.lr}
+        if self.maker is not None:
+            tensors |= self.maker.pack(precision)
+        else:
+            tensors |= codec.pack(self.images, precision) | {"labels": self.labels}
         tensors |= {k: v for k, v in (("momentum", self.momentum), ("theta0", self.theta0)) if v is not None}
         tensors |= {f"normalization/{k}": v for k, v in self.normalization.tensors().items()}
         head = {"kind": _KIND, "format": _FORMAT, "optimizer": dict(self.optimizer), "manifest": dict(self.manifest)}
+        head |= {"generator": dict(self.maker.settings)} if self.maker is not None else {}
         store.save_tensors(path, tensors, head)
 
     def export(self, folder: Path | str) -> None:
@@ -162,8 +181,21 @@ class DistilledSet:
         picture.export(folder, self.normalization.invert(self.images), self.labels, self.classes, self.steps)
 
     def picture(self) -> Tensor:
-        """All images as one grid, uint8 [height, width, 3]: steps downwards, classes across (see picture.arrange)."""
-        return picture.grid(self.normalization.invert(self.images), self.steps, len(self.classes))
+        """``shown`` as one grid, uint8 [height, width, 3]: steps downwards, classes across (see picture.arrange)."""
+        images, steps = self.shown()
+        return picture.grid(self.normalization.invert(images), steps, len(self.classes))
+
+    def shown(self) -> tuple[Tensor, int]:
+        """The images that pictures show, step by step, and how many steps they are: all, or of a generator the first of
+        each class, of at most 16 steps.
+        """
+        if self.maker is None:
+            return self.images, self.steps
+        x, y = self.batches()
+        y = y.argmax(-1) if y.is_floating_point() else y
+        steps = sorted({round(i * (self.steps - 1) / 15) for i in range(16)})
+        classes = range(len(self.classes))
+        return torch.cat([x[s][[int((y[s] == c).nonzero()[:1].sum()) for c in classes]] for s in steps]), len(steps)
 
     def save_picture(self, path: Path | str) -> None:
         """Write ``picture`` as a PNG."""
@@ -223,9 +255,11 @@ def load(path_or_name: Path | str) -> DistilledSet:
         raise UserError(f"{path} has format {head['format']}, this metadist reads {_FORMAT}; install the version that made it")
     prefix = "normalization/"
     inner = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    maker = Maker.unpack(tensors, head["generator"]) if "generator" in head else None
+    images, labels = maker.make() if maker is not None else (codec.unpack(tensors), tensors["labels"])
     return DistilledSet(
-        images=codec.unpack(tensors),
-        labels=tensors["labels"],
+        images=images,
+        labels=labels,
         order=tensors["order"],
         lr=tensors["lr"],
         normalization=Normalization.from_tensors(inner),
@@ -233,4 +267,5 @@ def load(path_or_name: Path | str) -> DistilledSet:
         optimizer=head["optimizer"],
         theta0=tensors.get("theta0"),
         manifest=head["manifest"],
+        maker=maker,
     )

@@ -1,4 +1,4 @@
-"""Distilled images as meta-parameters: pixels, per-step rates and momenta, soft labels.
+"""What is learned: distilled images as meta-parameters, and what every synthetic set has: rates, momenta, soft labels.
 
 Design choices
 - Image i has class i mod classes, so every inner batch is as balanced as its size allows.
@@ -23,54 +23,65 @@ from metadist.metagrad.optimizers import Optimizer
 
 Phi = dict[str, Tensor]
 MIN_RATE = 1e-6
+CARRIED = "carried/"  # names of meta-parameters that a task sets anew and nobody optimizes
 
 
-class Images:
-    """What is learned when method.synthetic=images.
+class Synthetic:
+    """A synthetic set's order of steps, rates and momenta. ``Images`` and ``Generator`` say where its batches come from.
 
-    config: ipc, inner.*, labels.*, seed.
-    classes: number of classes K.
-    shape: (C, H, W) of an image.
-    dtype, device: of the parameters.
+    count: N, images of the recorded training; order: [T], which batch each step uses; classes_of: [N], their classes.
     """
+
+    count: int
+    classes_of: Tensor
+
+    @property
+    def shared(self) -> bool:
+        """Whether all tasks of a meta-step see the same batches."""
+        return True
 
     def __init__(
         self, config: Config, classes: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """Fix sizes and order; ``parameters`` makes the tensors."""
+        """Fix the order."""
         inner = config.inner
         self.config, self.classes, self.shape = config, classes, tuple(shape)
         self.dtype, self.device = dtype, torch.device(device)
-        self.count = config.ipc * classes
         self.order = tuple(t % inner.steps for t in range(inner.steps * inner.epochs))
         self.optimizer = Optimizer(inner.optimizer, inner.beta2, inner.eps)
-        self.classes_of = torch.arange(self.count, device=self.device) % classes
 
     def parameters(self) -> Phi:
-        """The meta-parameters before the first meta-step: images [N, C, H, W], rate [T], momentum [T], labels [N, K]."""
-        inner, steps = self.config.inner, len(self.order)
-        key = draw.key(self.config.seed, "images", 0, torch.zeros((), dtype=torch.int64, device=self.device))
-        phi = {"images": draw.normal(key, (self.count, *self.shape), self.dtype)}
+        """The meta-parameters before the first meta-step."""
+        raise NotImplementedError
+
+    def batches(self, phi: Phi, drawn: Tensor | None = None) -> Batch:
+        """All inner batches [S, B, ...]; of what ``draw`` gave, with [G, ...] in front."""
+        raise NotImplementedError
+
+    def labels(self, phi: Phi) -> Tensor:
+        """Classes [N] int64, or probabilities [N, K] if soft."""
+        raise NotImplementedError
+
+    def draw(self, keys: Tensor) -> Tensor | None:
+        """What the batches of each task depend on beside the parameters; None: on nothing. keys: [G, 2]."""
+        return None
+
+    def soft_labels(self, classes: Tensor) -> Tensor:
+        """Logits [n, K] that give each its own class with probability labels.confidence."""
+        p = self.config.labels.confidence
+        own = math.log(p * (self.classes - 1) / (1 - p))
+        return F.one_hot(classes, self.classes).to(self.dtype) * own
+
+    def step_parameters(self) -> Phi:
+        """What is learned of the steps: rate [T], momentum [T]."""
+        inner, steps, phi = self.config.inner, len(self.order), dict[str, Tensor]()
         if inner.learn_lr:
             raw = inner.lr if inner.rate == "raw" else math.log(math.expm1(inner.lr))
             phi["rate"] = torch.full((steps,), raw, dtype=self.dtype, device=self.device)
         if inner.learn_momentum and inner.optimizer != "sgd":
             logit = math.log(inner.momentum / (1 - inner.momentum))
             phi["momentum"] = torch.full((steps,), logit, dtype=self.dtype, device=self.device)
-        if self.config.labels.kind == "soft":
-            p = self.config.labels.confidence
-            own = math.log(p * (self.classes - 1) / (1 - p))
-            phi["labels"] = F.one_hot(self.classes_of, self.classes).to(self.dtype) * own
         return phi
-
-    def labels(self, phi: Phi) -> Tensor:
-        """Classes [N] int64, or probabilities [N, K] if soft."""
-        return torch.softmax(phi["labels"], dim=1) if "labels" in phi else self.classes_of
-
-    def batches(self, phi: Phi) -> Batch:
-        """All inner batches: images [S, B, C, H, W] and labels [S, B] or [S, B, K]."""
-        s = self.config.inner.steps
-        return tuple(v.reshape(s, self.count // s, *v.shape[1:]) for v in (phi["images"], self.labels(phi)))
 
     def rates(self, phi: Phi) -> Tensor:
         """Learning rates [T], positive."""
@@ -90,3 +101,36 @@ class Images:
     def schedule(self, phi: Phi) -> Tensor:
         """The optimizer's table h [T, K], differentiable in the learned rates and momenta."""
         return self.optimizer.schedule(self.rates(phi), self.momenta(phi))
+
+
+class Images(Synthetic):
+    """What is learned when method.synthetic=images.
+
+    config: ipc, inner.*, labels.*, seed.
+    classes: number of classes K.
+    shape: (C, H, W) of an image.
+    dtype, device: of the parameters.
+    """
+
+    def __init__(
+        self, config: Config, classes: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Fix sizes and order; ``parameters`` makes the tensors."""
+        super().__init__(config, classes, shape, dtype, device)
+        self.count = config.ipc * classes
+        self.classes_of = torch.arange(self.count, device=self.device) % classes
+
+    def parameters(self) -> Phi:
+        """The meta-parameters before the first meta-step: images [N, C, H, W], rate [T], momentum [T], labels [N, K]."""
+        key = draw.key(self.config.seed, "images", 0, torch.zeros((), dtype=torch.int64, device=self.device))
+        phi = {"images": draw.normal(key, (self.count, *self.shape), self.dtype)} | self.step_parameters()
+        return phi | ({"labels": self.soft_labels(self.classes_of)} if self.config.labels.kind == "soft" else {})
+
+    def labels(self, phi: Phi) -> Tensor:
+        """Classes [N] int64, or probabilities [N, K] if soft."""
+        return torch.softmax(phi["labels"], dim=1) if "labels" in phi else self.classes_of
+
+    def batches(self, phi: Phi, drawn: Tensor | None = None) -> Batch:
+        """All inner batches: images [S, B, C, H, W] and labels [S, B] or [S, B, K]."""
+        s = self.config.inner.steps
+        return tuple(v.reshape(s, self.count // s, *v.shape[1:]) for v in (phi["images"], self.labels(phi)))

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metadist.config import ClusterConfig
+from metadist.config_machine import ClusterConfig
 from metadist.run.cluster import scheduler
 from metadist.run.cluster.record import (
     FAILED,

@@ -21,7 +21,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from metadist.config import ClusterConfig
+from metadist.config_machine import ClusterConfig
 from metadist.errors import UserError
 
 LOGS = "cluster"  # folder in the run's (or the sweep's) folder

@@ -26,7 +26,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from metadist.config import ClusterConfig, Config
+from metadist.config import Config
+from metadist.config_machine import ClusterConfig
 from metadist.errors import UserError, unknown
 from metadist.run.cluster import record, scheduler
 from metadist.run.cluster.batch import LOGS, Executor, tasks_per_node
@@ -127,9 +128,7 @@ def _one(words: Sequence[str], config: Config) -> int:
         job = Executor(place, config.cluster).send()
         record.write(place / LOGS / "job.json", {"job": job, "cluster": "slurm", "time": time.time(), "words": list(words)})
     _sheet(job, place, words, arrays)
-    if not config.cluster.wait:
-        return 0
-    return _wait([(job, place, place / LOGS)])
+    return _wait([(job, place, place / LOGS)]) if config.cluster.wait else 0
 
 
 def _join(words: Sequence[str]) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metadist.config import ClusterConfig, Config
+from metadist.config import Config
+from metadist.config_machine import ClusterConfig
 from metadist.errors import UserError
 from metadist.run.cluster import record, scheduler
 from metadist.run.cluster.batch import LOGS, Executor, tasks_per_node, workers_role

@@ -1,0 +1,211 @@
+"""`launch/compare.py`: several runs under one budget, one table, one picture.
+
+    python launch/compare.py preset=gtn_three_gradients data.root=data
+    python launch/compare.py preset=gtn_three_gradients smoke=true
+
+A comparison is a file of configs/compare/: named runs, what they have in common, minutes of meta-steps for each, an accuracy
+whose time is taken, inner steps at which the memory of one task is measured. It prints a table and writes comparison.json and
+comparison.png beside the run folders. The same command resumes it: finished runs and measurements are not repeated.
+
+keys: preset (required), out (default runs/<preset>), budget_min, smoke, json=true; any other key goes to every run.
+
+Design choices
+- Each run's number of meta-steps is its budget over the seconds a meta-step takes here, measured once and kept: a resumed
+  comparison compares what it began to compare.
+- Runs and measurements are processes of their own: one's memory and compiled code do not weigh on the next.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from metadist.errors import RunError, UserError, unknown
+from metadist.run.compose import compose
+from metadist.run.listing import read_json
+from metadist.run.overrides import config_dir
+from metadist.run.sweep import STATUS, Forward, Job, quoted, run_child
+from metadist.run.table import table
+from metadist.store import atomic_write
+
+SMOKE_STEPS = 3
+_OWN = ("preset", "out", "budget_min", "smoke", "json")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a file of configs/compare/ says, the user's words included. runs: name -> words of its command."""
+
+    name: str
+    title: str
+    budget_min: float
+    target: float
+    curve: str
+    memory_steps: tuple[int, ...]
+    runs: dict[str, tuple[str, ...]]
+    smoke: bool
+
+
+def comparisons() -> tuple[str, ...]:
+    """Names of all comparisons."""
+    return tuple(sorted(p.stem for p in (config_dir() / "compare").glob("*.yaml")))
+
+
+def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
+    """The comparison, where it goes, whether JSON is asked for. Raises UserError for anything that can't be run."""
+    pairs = [word.partition("=") for word in argv]
+    own = {k: v for k, _, v in pairs if k in _OWN}
+    if any(not sep for _, sep, _ in pairs) or "preset" not in own:
+        raise UserError(f"usage: python launch/compare.py preset=<{'|'.join(comparisons())}> [key=value ...]")
+    if own["preset"] not in comparisons():
+        raise unknown("preset", own["preset"], comparisons())
+    found: Any = OmegaConf.to_object(OmegaConf.load(config_dir() / "compare" / f"{own['preset']}.yaml"))
+    smoke = own.get("smoke", "false") == "true"
+    words = tuple(word for word in argv if word.partition("=")[0] not in _OWN)
+    more = (*found["common"], *(found["smoke"] if smoke else ()), *words)
+    runs = {name: _last(*mine, *more) for name, mine in found["runs"].items()}
+    for name, mine in runs.items():
+        try:
+            compose(mine)
+        except UserError as e:
+            raise UserError(f"{own['preset']}, {name}: {e}") from None
+    try:
+        budget = float(own.get("budget_min", found["budget_min"]))
+    except ValueError:
+        raise UserError(f"budget_min={own['budget_min']} is no number of minutes") from None
+    steps = tuple(found["memory_steps"][:2] if smoke else found["memory_steps"])
+    place = Path(own.get("out") or f"runs/{own['preset']}{'-smoke' if smoke else ''}").expanduser().absolute()
+    made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke)
+    return made, place, own.get("json", "false") == "true"
+
+
+def _last(*words: str) -> tuple[str, ...]:
+    """The words; of several for one key the last."""
+    return tuple({word.partition("=")[0]: word for word in words}.values())
+
+
+def probe(words: Sequence[str]) -> dict[str, float]:
+    """Seconds of a meta-step and bytes of one task, measured in a process of its own. Raises RunError if it fails."""
+    done = subprocess.run([sys.executable, "-m", "metadist.run.probe", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"measuring {' '.join(words)}: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+class Record:
+    """comparison.json: everything that was measured, by name."""
+
+    def __init__(self, path: Path) -> None:
+        """Go on with what is there."""
+        self.path, self.content = path, read_json(path)
+
+    def once(self, name: str, measure: Any) -> Any:
+        """What is recorded under ``name``; measured and written if it is not there yet."""
+        if name not in self.content:
+            self.content[name] = measure()
+            self.write()
+        return self.content[name]
+
+    def write(self) -> None:
+        """Keep it."""
+        atomic_write(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
+
+
+def folder(place: Path, name: str) -> Path:
+    """The run folder of one of the runs."""
+    return place / name.replace(" ", "-")
+
+
+def run_all(c: Comparison, place: Path, record: Record) -> bool:
+    """Measure, then train all; True if all finished."""
+    with Forward().installed() as forward:
+        for name, words in c.runs.items():
+            seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
+            steps = record.once(
+                f"{name}: steps", lambda s=seconds: SMOKE_STEPS if c.smoke else max(10, int(60 * c.budget_min / s))
+            )
+            run_dir = str(folder(place, name))
+            print(f"{name}: {steps} meta-steps of {seconds:.3g} s -> {run_dir}", flush=True)
+            code = run_child(Job((*words, f"steps={steps}", f"run_dir={quoted(run_dir)}"), {}, run_dir), forward)
+            if code or forward.stopped:
+                print(f"{name}: {STATUS.get(code, f'ended ({code})')}; run the same command again to go on", file=sys.stderr)
+                return False
+        for name, words in c.runs.items():
+            for n in c.memory_steps:
+                sized = _last(*words, f"inner.steps={n}", *((f"implicit.steps={n}",) if name == "implicit" else ()))
+                record.once(f"{name}: memory at {n}", lambda w=sized: probe(w)["bytes"])
+    return True
+
+
+def curve(run_dir: Path, name: str) -> list[tuple[float, float]]:
+    """(minutes of meta-steps, a logged value) at every step that logged it, by TensorBoard's files of the run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    spent, before = {0: 0.0}, 0
+    for found in events.Scalars("seconds/step_s"):
+        spent[found.step] = spent[before] + found.value * (found.step - before) / 60
+        before = found.step
+    return [(spent[max(s for s in spent if s <= v.step)], v.value) for v in events.Scalars(f"learning/{name}")]
+
+
+def report(c: Comparison, place: Path, record: Record) -> list[dict[str, Any]]:
+    """One row a run."""
+    rows = []
+    for name in c.runs:
+        summary = read_json(folder(place, name) / "summary.json")
+        points = curve(folder(place, name), "valid_accuracy")
+        rows.append({
+            "name": name, "steps": summary["steps"], "test": summary["test"], "minutes": summary["minutes"],
+            "valid_accuracy": points,
+            "meta_loss": curve(folder(place, name), "meta_loss"),
+            "step_s": record.content[f"{name}: probe"]["step_s"],
+            "target_min": next((m for m, accuracy in points if accuracy >= c.target), None),
+            "memory": {n: record.content[f"{name}: memory at {n}"] for n in c.memory_steps},
+        })  # fmt: skip
+    return rows
+
+
+def text(c: Comparison, rows: Sequence[dict[str, Any]]) -> str:
+    """The table for people."""
+    header = ("gradient", "accuracy % (sd, n)", "95 %", "s a meta-step", "meta-steps", f"min to {c.target:g} %",
+              *(f"MB at {n}" for n in c.memory_steps))  # fmt: skip
+    cells = []
+    for row in rows:
+        test = row["test"]
+        cells.append((
+            row["name"], f"{100 * test['mean']:.2f} +- {100 * test['sd']:.2f} ({test['n']})",
+            "-" if test["ci95"] is None else f"+-{100 * test['ci95']:.2f}",
+            f"{row['step_s']:.3g}", str(row["steps"]), "-" if row["target_min"] is None else f"{row['target_min']:.1f}",
+            *(f"{v / 1e6:.1f}" for v in row["memory"].values()),
+        ))  # fmt: skip
+    return f"{c.title}, {c.budget_min:g} minutes of meta-steps each\n{table(header, cells)}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status of `launch/compare.py` on these words."""
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__ + f"\ncomparisons: {', '.join(comparisons())}")
+        return 0
+    from metadist.run import compare_plot
+
+    c, place, as_json = read(argv)
+    record = Record(place / "comparison.json")
+    if record.once("runs", lambda: {k: list(v) for k, v in c.runs.items()}) != {k: list(v) for k, v in c.runs.items()}:
+        raise UserError(f"{place} holds a comparison of other settings; give out=<another folder>, or the words it began with")
+    if not run_all(c, place, record):
+        return 1
+    rows = report(c, place, record)
+    record.content["rows"] = rows
+    record.write()
+    atomic_write(place / "comparison.png", compare_plot.draw(c.title, c.target, c.curve, rows))
+    print(json.dumps(rows, indent=1) if as_json else f"\n{text(c, rows)}\nlook at {place}/comparison.png")
+    return 0
