@@ -559,7 +559,8 @@ IMPLICIT = ["method=gtn_implicit", *COMMON]
         (["method=gtn_implicit", "generator.curriculum=shuffled"], "generator.curriculum=shuffled orders the steps"),
         (["method=gtn_implicit", "generator.curriculum=shuffled_batches"], "give full (learned codes) or none (fresh noise)"),
         (["method=gtn_implicit", "implicit.l2=0"], "implicit.l2=0 and implicit.damping=0: the Hessian then has directions"),
-        (["method=gtn", "method.gradient=implicit"], "method.gradient=implicit contradicts method=gtn, which means"),
+        (["method=gtn", "method.gradient=implicit"], "means gradient=unrolled; choose method=gtn_implicit, or"),
+        (["method=gtn", "generator.batch=1"], "generator.batch=1: batch normalization makes one image a constant"),
         (["method=gtn", "generator.curriculum=ful"], "did you mean full"),
         (["method=gtn", "generator.noise=0"], "generator.noise=0 is out of range; allowed: at least 1"),
         (

@@ -159,7 +159,8 @@ def _method(config: Config) -> None:
     m = config.method
     for word, meant in METHODS[m.name].items():
         if getattr(m, word) != meant:
-            better = next((n for n, words in METHODS.items() if words.get(word) == getattr(m, word)), None)
+            named = [n for n, words in METHODS.items() if words.get(word) == getattr(m, word)]
+            better = max(named, key=lambda n: sum(getattr(m, k) == v for k, v in METHODS[n].items()), default=None)
             hint = f"; choose method={better}, or leave the word out" if better else "; leave the word out"
             raise UserError(f"method.{word}={getattr(m, word)} contradicts method={m.name}, which means {word}={meant}{hint}")
     if m.objective == "poison" and m.attack == m.target:
@@ -188,12 +189,20 @@ def _inner(config: Config) -> None:
     if inner.loss_every > (inner.window or total):
         what = f"inner.window={inner.window}" if inner.window else length
         raise UserError(f"inner.loss_every={inner.loss_every} is beyond {what}; allowed: 0 to {inner.window or total}")
+    _generator(config)
     _gradient(config)
     if inner.learn_momentum and inner.optimizer == "sgd":
         raise UserError("inner.learn_momentum=true needs inner.optimizer=momentum or adam; sgd has no momentum")
     if inner.learn_momentum and inner.momentum == 0:
         raise UserError(
             "inner.learn_momentum=true learns through a sigmoid, which never is 0; start from inner.momentum above 0"
+        )
+
+
+def _generator(config: Config) -> None:
+    if config.method.synthetic == "generator" and config.generator.batch < 2:
+        raise UserError(
+            f"generator.batch={config.generator.batch}: batch normalization makes one image a constant; give 2 or more"
         )
 
 
