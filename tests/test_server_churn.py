@@ -292,15 +292,18 @@ def test_ten_workers_come_and_go_for_three_minutes_and_every_task_counts_once(
     assert calm["test"]["mean"] > 0.8 and abs(churned["test"]["mean"] - calm["test"]["mean"]) < 0.02
 
 
+# With a larger meta rate on the learned rates these go to where training just holds, and what a stale step adds there costs
+# some networks points (benchmarks/LOG.md).
 MNIST = [
     *LEARNING,
     "data=mnist",
     "data.size=14",
     "meta.lr=0.05",
-    "meta.lr_rate=0.02",
+    "meta.lr_rate=0.005",
     "meta.schedule=cosine",
     "meta.decay=0.05",
-    "steps=400",
+    "meta.ema=0.9",
+    "steps=300",
     "workers=3",
     "eval.every=50",
     "eval.nets=20",
@@ -317,6 +320,6 @@ def test_stale_gradients_cost_less_than_a_point_of_accuracy_on_mnist(nursery: Nu
         nursery.run(words(at, *MNIST, *more, f"data.root={os.environ['METADIST_DATA']}"), at, times=4)
         tests[name] = json.loads((at / "run" / "summary.json").read_text())["test"]
     print(tests)
-    assert applied(tmp_path / "server") == 400 * 4
+    assert applied(tmp_path / "server") == 300 * 4
     assert [test["n"] for test in tests.values()] == [200, 200] and max(test["ci95"] for test in tests.values()) < 0.004
     assert tests["server"]["mean"] > tests["allreduce"]["mean"] - 0.01 and tests["allreduce"]["mean"] > 0.75
