@@ -150,9 +150,14 @@ def test_a_node_loses_power(launch: Launcher, cluster: Cluster, reference: Path,
     assert launch.ended(job, 180) == "COMPLETED", launch.logs(folder)
     assert_same(folder, reference)
     if node != "n1":
-        states = subprocess.run(["sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "State"], env=cluster.environ(),
-                                capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
-        assert states[-1] == "COMPLETED" and {"NODE_FAIL", "REQUEUED"} & set(states[:-1])
+
+        def states() -> list[str]:
+            told = subprocess.run(["sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "State"], env=cluster.environ(),
+                                  capture_output=True, text=True, check=True)  # fmt: skip
+            return told.stdout.split()
+
+        launch.until(lambda: states()[-1] == "COMPLETED", 60, "sacct, which comes after scontrol")
+        assert {"NODE_FAIL", "REQUEUED"} & set(states()[:-1])
 
 
 def test_waiting_outlives_a_lost_node(launch: Launcher, cluster: Cluster, reference: Path) -> None:
