@@ -55,6 +55,9 @@ def test_three_gradients_make_a_table_a_picture_and_a_record_and_are_not_repeate
 
 WRONG = {
     "steps=3": "usage: python launch/compare.py preset=<gtn_curricula|gtn_three_gradients",
+    "preset=gtn_curricula steps=3": "steps is set by the comparison",
+    "preset=gtn_curricula smoke=yes": "smoke=yes is unknown",
+    "preset=gtn_curricula budget_min=nan": "budget_min=nan is no number of minutes",
     "preset=gtn_two": "preset=gtn_two is unknown (did you mean gtn_",
     "preset=gtn_curricula meta.lr=-1": "gtn_curricula, full: meta.lr=-1.0 is out of range",
     "preset=gtn_curricula budget_min=long": "budget_min=long is no number of minutes",

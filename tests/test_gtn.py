@@ -48,12 +48,7 @@ SMALL = [
 STEPS, BATCH, NOISE = 4, 12, 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def composed(*words: str) -> Config:

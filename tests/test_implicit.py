@@ -54,12 +54,7 @@ class Regression(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(16, 10))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(*words: str) -> Setup:
@@ -278,7 +273,7 @@ def test_carried_weights_are_no_part_of_a_bias() -> None:
 def test_the_inner_loss_is_the_runs_own_with_an_l2_term() -> None:
     """A GPU's bf16 is a wrapper around the loss; here a factor stands for it."""
     setup = made(*COLD, *WHAT["images"], "inner.steps=1")
-    given = setup.inner.with_loss(lambda theta, batch: 3 * setup.inner.loss(theta, batch))
+    given = setup.inner.but(loss=lambda theta, batch: 3 * setup.inner.loss(theta, batch))
     method = methods.build(setup.config, setup.data, setup.synthetic, given, setup.starts, setup.learner)
     assert isinstance(method, Implicit)
     theta, batch = setup.starts.sample(0, torch.arange(1))[0], (setup.data.train.x[:8], setup.data.train.y[:8])

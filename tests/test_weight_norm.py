@@ -24,12 +24,7 @@ SIDE = 12
 HERE = __name__.rpartition(".")[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def keys(n: int) -> Tensor:

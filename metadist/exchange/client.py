@@ -170,7 +170,7 @@ class Client:
 
     def _heard(self, number: int, header: Header, content: Any) -> None:
         kind = header["k"]
-        if kind == "unknown":  # to the server, or a shard, by now; the line says hello again by itself
+        if kind == "unknown":  # the server, or a shard, has lost us; the line says hello again by itself
             self._new_session()
         elif kind == "welcome":
             self._ask()

@@ -58,15 +58,19 @@ class Inner:
         self._adjoint: Callable[..., Adjoint] = execution.accelerate(self.adjoint, compile, graph)
         self._judge: Callable[..., tuple[tuple[Tensor, ...], Tensor]] = execution.accelerate(self._values, compile, graph)
 
-    def with_loss(self, loss: Loss) -> Inner:
-        """The same with another loss."""
-        own = (self.compiled, self.graph, self.shared, self.judge_group, self.judge_loss)
-        return Inner(loss, self.optimizer, self.form, *own)
-
-    def owning(self) -> Inner:
-        """The same for tasks that own their batches."""
-        own = (self.compiled, self.graph, False, self.judge_group, self.judge_loss)
-        return Inner(self.loss, self.optimizer, self.form, *own)
+    def but(self, **changes: Any) -> Inner:
+        """The same, but for some arguments."""
+        own: dict[str, Any] = {
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+            "form": self.form,
+            "compile": self.compiled,
+            "graph": self.graph,
+            "shared": self.shared,
+            "judge_group": self.judge_group,
+            "judge_loss": self.judge_loss,
+        }
+        return Inner(**(own | changes))
 
     def step(self, state: State, batch: Batch, h: Tensor) -> State:
         """One inner step. state: tensors [G, P]; batch: one step's; h: [K]."""
@@ -102,7 +106,8 @@ class Inner:
         if seen is None:
             gradient, value = vmap(grad_and_value(lambda th, *b: self.loss(th, b)))(theta, *batch)
             return (gradient,), value
-        loss = self.judge_loss or (lambda th, b: self.loss(th, b[1:]))
+        assert self.judge_loss is not None
+        loss = self.judge_loss
         dims = (0, None if self.shared else 0, *(0 for _ in batch))
         gradients, value = vmap(grad_and_value(lambda th, z, *b: loss(th, (z, *b)), argnums=(0, 1)), dims)(theta, seen, *batch)
         return gradients, value

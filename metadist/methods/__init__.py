@@ -34,9 +34,9 @@ def build(config: Config, data: Data, synthetic: Synthetic, inner: Inner, starts
     """The method that ``config.method`` names."""
     method = config.method
     relabel = relabelled(method.attack, method.target) if method.objective == "poison" else None
-    inner = inner if synthetic.shared else inner.owning()
+    inner = inner if synthetic.shared else inner.but(shared=False)
     if method.gradient == "implicit":
-        penalized = inner.with_loss(with_l2(inner.loss, config.implicit.l2))
+        penalized = inner.but(loss=with_l2(inner.loss, config.implicit.l2))
         return Implicit(config, data, synthetic, inner, starts, penalized, relabel)
     if method.gradient == "matching":
         return Matching(config, data, synthetic, inner, starts, learner, relabel)

@@ -18,6 +18,7 @@ Design choices
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ from metadist.errors import RunError, UserError, unknown
 from metadist.run.compose import compose
 from metadist.run.listing import read_json
 from metadist.run.overrides import config_dir
-from metadist.run.sweep import STATUS, Forward, Job, quoted, run_child
+from metadist.run.sweep import STATUS, Forward, Job, end_with_parent, quoted, run_child
 from metadist.run.table import table
+from metadist.run.unread import unread
 from metadist.store import atomic_write
 
 SMOKE_STEPS = 3
@@ -64,10 +66,12 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
     own = {k: v for k, _, v in pairs if k in _OWN}
     if any(not sep for _, sep, _ in pairs) or "preset" not in own:
         raise UserError(f"usage: python launch/compare.py preset=<{'|'.join(comparisons())}> [key=value ...]")
+    if set_here := next((k for k, _, _ in pairs if k in ("steps", "run_dir")), None):
+        raise UserError(f"{set_here} is set by the comparison, for each run; give budget_min or out instead")
     if own["preset"] not in comparisons():
         raise unknown("preset", own["preset"], comparisons())
     found: Any = OmegaConf.to_object(OmegaConf.load(config_dir() / "compare" / f"{own['preset']}.yaml"))
-    smoke = own.get("smoke", "false") == "true"
+    smoke, as_json = _truth("smoke", own), _truth("json", own)
     words = tuple(word for word in argv if word.partition("=")[0] not in _OWN)
     more = (*found["common"], *(found["smoke"] if smoke else ()), *words)
     runs = {name: _last(*mine, *more) for name, mine in found["runs"].items()}
@@ -79,11 +83,19 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
     try:
         budget = float(own.get("budget_min", found["budget_min"]))
     except ValueError:
-        raise UserError(f"budget_min={own['budget_min']} is no number of minutes") from None
+        budget = math.nan
+    if not 0 < budget < math.inf:
+        raise UserError(f"budget_min={own['budget_min']} is no number of minutes above 0")
     steps = tuple(found["memory_steps"][:2] if smoke else found["memory_steps"])
     place = Path(own.get("out") or f"runs/{own['preset']}{'-smoke' if smoke else ''}").expanduser().absolute()
     made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke)
-    return made, place, own.get("json", "false") == "true"
+    return made, place, as_json
+
+
+def _truth(key: str, own: dict[str, str]) -> bool:
+    if (given := own.get(key, "false")) not in ("true", "false"):
+        raise unknown(key, given, ("true", "false"))
+    return given == "true"
 
 
 def _last(*words: str) -> tuple[str, ...]:
@@ -93,7 +105,9 @@ def _last(*words: str) -> tuple[str, ...]:
 
 def probe(words: Sequence[str]) -> dict[str, float]:
     """Seconds of a meta-step and bytes of one task, measured in a process of its own. Raises RunError if it fails."""
-    done = subprocess.run([sys.executable, "-m", "metadist.run.probe", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "metadist.run.probe", *words], capture_output=True, text=True, preexec_fn=end_with_parent
+    )
     if done.returncode:
         raise RunError(f"measuring {' '.join(words)}: {(done.stderr.strip().splitlines() or ['it was killed'])[-1]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -126,22 +140,22 @@ def folder(place: Path, name: str) -> Path:
 
 def run_all(c: Comparison, place: Path, record: Record) -> bool:
     """Measure, then train all; True if all finished."""
-    with Forward().installed() as forward:
-        for name, words in c.runs.items():
-            seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
-            steps = record.once(
-                f"{name}: steps", lambda s=seconds: SMOKE_STEPS if c.smoke else max(10, int(60 * c.budget_min / s))
-            )
-            run_dir = str(folder(place, name))
-            print(f"{name}: {steps} meta-steps of {seconds:.3g} s -> {run_dir}", flush=True)
+    for name, words in c.runs.items():
+        seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
+        steps = record.once(f"{name}: steps", lambda s=seconds: SMOKE_STEPS if c.smoke else max(10, int(60 * c.budget_min / s)))
+        run_dir = str(folder(place, name))
+        print(f"{name}: {steps} meta-steps of {seconds:.3g} s -> {run_dir}", flush=True)
+        with Forward().installed() as forward:  # around a run alone: it ends by itself, a probe is ended by us
             code = run_child(Job((*words, f"steps={steps}", f"run_dir={quoted(run_dir)}"), {}, run_dir), forward)
-            if code or forward.stopped:
-                print(f"{name}: {STATUS.get(code, f'ended ({code})')}; run the same command again to go on", file=sys.stderr)
-                return False
-        for name, words in c.runs.items():
-            for n in c.memory_steps:
-                sized = _last(*words, f"inner.steps={n}", *((f"implicit.steps={n}",) if name == "implicit" else ()))
-                record.once(f"{name}: memory at {n}", lambda w=sized: probe(w)["bytes"])
+        if code or forward.stopped:
+            print(f"{name}: {STATUS.get(code, f'ended ({code})')}; run the same command again to go on", file=sys.stderr)
+            return False
+    for name, words in c.runs.items():
+        ignored = unread(compose(words))
+        lengths = [key for key in ("inner.steps", "implicit.steps") if key not in ignored]
+        for n in c.memory_steps:
+            sized = _last(*words, *(f"{key}={n}" for key in lengths))
+            record.once(f"{name}: memory at {n}", lambda w=sized: probe(w)["bytes"])
     return True
 
 

@@ -50,8 +50,7 @@ class Setup:
     def compiled(self, compile: bool) -> Setup:
         """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""
         graph = self.device.type == "cuda" and not self.static
-        old = self.inner
-        inner = Inner(old.loss, old.optimizer, old.form, compile, graph, judge_group=old.judge_group, judge_loss=old.judge_loss)
+        inner = self.inner.but(compile=compile, graph=graph)
         method = methods.build(self.config, self.data, self.synthetic, inner, self.starts, self.learner)
         return dataclasses.replace(self, inner=inner, method=method)
 

@@ -84,7 +84,8 @@ class Forward:
                 signal.signal(number, handler)
 
 
-def _child_of_sweep() -> None:
+def end_with_parent() -> None:
+    """To be run in a child: SIGTERM when its parent ends."""
     # A killed sweep must not leave its run behind (Linux: PR_SET_PDEATHSIG = 1); it stops with a checkpoint.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -98,7 +99,7 @@ def run_child(job: Job, forward: Forward) -> int:
         [sys.executable, "-m", "metadist.run.command", *job.words],
         env=os.environ | {"PYTHONPATH": paths},
         process_group=0,  # a Ctrl-C of the terminal then reaches it once, through us, not twice
-        preexec_fn=_child_of_sweep,
+        preexec_fn=end_with_parent,
     )
     if forward.stopped:  # it came while the process was being made
         forward.child.terminate()

@@ -112,10 +112,6 @@ class Generator(Synthetic):
 
     # --- batches
 
-    def labels(self, phi: Phi) -> Tensor:
-        """Classes [N] int64, or probabilities [N, K] if soft, of the batches of ``reference``."""
-        return self._labels(phi, self.reference()).flatten(0, 1)
-
     def _labels(self, phi: Phi, drawn: Tensor | None) -> Tensor:
         """[S, B] or [S, B, K]; with tasks in front if they are drawn so."""
         numbers = self._numbers(drawn)

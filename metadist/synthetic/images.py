@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ MIN_RATE = 1e-6
 CARRIED = "carried/"  # names of meta-parameters that a task sets anew and nobody optimizes
 
 
-class Synthetic:
+class Synthetic(ABC):
     """A synthetic set's order of steps, rates and momenta. ``Images`` and ``Generator`` say where its batches come from.
 
     count: N, images of the recorded training; order: [T], which batch each step uses; classes_of: [N], their classes.
@@ -50,17 +51,13 @@ class Synthetic:
         self.order = tuple(t % inner.steps for t in range(inner.steps * inner.epochs))
         self.optimizer = Optimizer(inner.optimizer, inner.beta2, inner.eps)
 
+    @abstractmethod
     def parameters(self) -> Phi:
         """The meta-parameters before the first meta-step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batches(self, phi: Phi, drawn: Tensor | None = None) -> Batch:
         """All inner batches [S, B, ...]; of what ``draw`` gave, with [G, ...] in front."""
-        raise NotImplementedError
-
-    def labels(self, phi: Phi) -> Tensor:
-        """Classes [N] int64, or probabilities [N, K] if soft."""
-        raise NotImplementedError
 
     def draw(self, keys: Tensor) -> Tensor | None:
         """What the batches of each task depend on beside the parameters; None: on nothing. keys: [G, 2]."""
