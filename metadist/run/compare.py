@@ -11,7 +11,8 @@ keys: preset (required), out (default runs/<preset>), budget_min, smoke, json=tr
 
 Design choices
 - Each run's number of meta-steps is its budget over the seconds a meta-step takes here, measured once and kept: a resumed
-  comparison compares what it began to compare.
+  comparison compares what it began to compare. Where a meta-step of all costs the same (same_steps), the first run's number
+  is everyone's: another load of the machine is no difference between the runs.
 - Runs and measurements are processes of their own: one's memory and compiled code do not weigh on the next.
 """
 
@@ -53,6 +54,7 @@ class Comparison:
     memory_steps: tuple[int, ...]
     runs: dict[str, tuple[str, ...]]
     smoke: bool
+    same_steps: bool
 
 
 def comparisons() -> tuple[str, ...]:
@@ -88,7 +90,8 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
         raise UserError(f"budget_min={own['budget_min']} is no number of minutes above 0")
     steps = tuple(found["memory_steps"][:2] if smoke else found["memory_steps"])
     place = Path(own.get("out") or f"runs/{own['preset']}{'-smoke' if smoke else ''}").expanduser().absolute()
-    made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke)
+    same = bool(found.get("same_steps", False))
+    made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke, same)
     return made, place, as_json
 
 
@@ -142,7 +145,11 @@ def run_all(c: Comparison, place: Path, record: Record) -> bool:
     """Measure, then train all; True if all finished."""
     for name, words in c.runs.items():
         seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
-        steps = record.once(f"{name}: steps", lambda s=seconds: SMOKE_STEPS if c.smoke else max(10, int(60 * c.budget_min / s)))
+        if c.same_steps and name != (first := next(iter(c.runs))):
+            steps = record.once(f"{name}: steps", lambda first=first: record.content[f"{first}: steps"])
+        else:
+            affordable = max(10, int(60 * c.budget_min / seconds))
+            steps = record.once(f"{name}: steps", lambda n=affordable: SMOKE_STEPS if c.smoke else n)
         run_dir = str(folder(place, name))
         print(f"{name}: {steps} meta-steps of {seconds:.3g} s -> {run_dir}", flush=True)
         with Forward().installed() as forward:  # around a run alone: it ends by itself, a probe is ended by us
