@@ -33,6 +33,7 @@ from metadist.run.cluster import experts as on_cluster
 from metadist.run.compose import compose
 from metadist.run.experts import command, experts_dir, open_experts, recipe
 from metadist.run.experts_command import main
+from metadist.run.helptext import header
 from metadist.run.overrides import groups
 from metadist.store.experts import ExpertStore, Trajectory, file_name, key_of, prepare, write_expert
 
@@ -524,7 +525,20 @@ def test_a_method_opens_its_experts_or_says_how_to_make_them(tmp_path: Path) -> 
         open_experts(config)
 
 
-PRESETS = [p for p in groups()["preset"] if "experts" in p]
+PRESETS = [p for p in groups()["preset"] if "_experts" in p]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_says_what_it_is(preset: str) -> None:
+    full, smoke = configured(f"preset={preset}"), configured(f"preset={preset}", "smoke=true")
+    assert (full.data.name, full.net.name, full.net.depth) == (smoke.data.name, smoke.net.name, smoke.net.depth)
+    assert smoke.experts.count * smoke.experts.epochs <= 4 < full.experts.count * full.experts.epochs
+    assert set(header("preset", preset)) == {"title", "source", "cost", "command", "expect"}
+    assert header("preset", preset)["command"].startswith(f"python launch/experts.py preset={preset} ")
+    if "small" not in preset and "mnist" not in preset:  # as published
+        c = full.experts
+        assert (c.count, c.epochs, c.lr, c.momentum, c.weight_decay, c.batch, c.images) == (100, 50, 0.01, 0, 0, 256, 0)
+        assert (full.net.width, c.dsa) == (128, dsa.ALL)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
