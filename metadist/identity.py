@@ -57,6 +57,8 @@ def identity(config: Config) -> dict[str, Any]:
     unread = () if config.exchange.name == "server" else SERVER
     read = {"generator.": config.method.synthetic, "implicit.": config.method.gradient, "matching.": config.method.gradient}
     elsewhere = tuple(prefix for prefix, word in read.items() if word != prefix[:-1])
+    if config.method.gradient != "trajectory":
+        elsewhere = (*elsewhere, "experts.")
     leaves = {k: v for k, v in flatten(config).items() if not k.startswith(elsewhere)}
     return {k: v for k, v in leaves.items() if not is_circumstance(k) and k not in unread}
 
