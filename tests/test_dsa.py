@@ -35,7 +35,7 @@ def pixels(*shape: int, stream: str = "pixels") -> Tensor:
 
 
 def sampled_by_hand(x: Tensor, a: float, b: float, s: float, c: float, d: float, t: float) -> Tensor:
-    """Pixel (i, j) of the result is the source [C, H, W] at (a i + b j + s, c i + d j + t), counted from the centre; 0 outside."""
+    """Pixel (i, j) of the result is the source [C, H, W] at (a i + b j + s, c i + d j + t) from its centre; 0 outside."""
     size, middle, out = x.shape[-1], (x.shape[-1] - 1) / 2, torch.zeros_like(x)
     for i in range(size):
         for j in range(size):
@@ -142,9 +142,8 @@ def test_cutout_is_a_square_of_half_a_side_clipped_at_the_border(size: int) -> N
     assert bool((heights[inner] == side).all()) and int(heights.max()) == side
     # Its middle is uniform over the rows, both borders' ends included: as many heights as the clipping leaves.
     places = size + 1 - side % 2
-    expected = [
-        sum(min(o - side // 2 + side, size) - max(o - side // 2, 0) == h for o in range(places)) for h in range(side + 1)
-    ]
+    clipped = [min(first + side, size) - max(first, 0) for first in range(-(side // 2), places - side // 2)]
+    expected = [clipped.count(h) for h in range(side + 1)]
     counts = torch.bincount(heights.flatten(), minlength=side + 1)
     for height, number in enumerate(expected):
         share = number / places
