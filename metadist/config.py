@@ -14,9 +14,10 @@ class MethodConfig:
 
     name: str = "dd_random_init"  # the published name; a run folder and its manifest carry it
     synthetic: str = "images"  # images | generator
-    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching
+    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | distribution
     init: str = "random"  # fixed | random | pretrained
     objective: str = "real"  # real | poison
+    match: str = "batch"  # matching: batch: along each task's own training | class: class by class, on one learner for all
     attack: int = 0  # poison: class K whose images are to be misread
     target: int = 1  # poison: class T they are to be read as
 
@@ -83,9 +84,20 @@ class ImplicitConfig:
 
 @dataclass
 class MatchingConfig:
-    """method.gradient=matching; the points of the path are inner.loss_every steps apart."""
+    """method.gradient=matching; with match=batch the points of the path are inner.loss_every steps apart."""
 
     distance: str = "cosine"  # cosine: layer by layer, output by output | l2: of the whole, relative
+    outer: int = 1  # match=class: meta-steps of one learner; then another is drawn
+    inner: int = 1  # match=class: its passes over the distilled images between two of them
+    batch: int = 256  # match=class: images of a step of that training
+    lr: float = 0.01  # match=class: its rate, of plain SGD
+
+
+@dataclass
+class ImagesConfig:
+    """method.synthetic=images."""
+
+    start: str = "noise"  # noise: N(0, 1) | real: drawn training images of their classes
 
 
 @dataclass
@@ -213,6 +225,7 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     implicit: ImplicitConfig = field(default_factory=ImplicitConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -228,6 +241,7 @@ class Config:
     tasks: int = 8  # global meta-batch
     ipc: int = 10  # distilled images per class in all
     real_batch: int = 256  # real images per task
+    dsa: str = "none"  # differentiable siamese augmentation: none | operations joined by _, such as color_crop_cutout
     seed: int = 0  # of every random draw
     run_dir: str | None = None  # null: runs/<method>-<data>-<net>-<8 hex of the identity>
     workers: int = 1  # processes that share the tasks of a meta-step; 1 to tasks

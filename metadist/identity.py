@@ -56,6 +56,7 @@ def identity(config: Config) -> dict[str, Any]:
     """The leaves that define the result: all but circumstance, and what only another exchange or another kind of set reads."""
     unread = () if config.exchange.name == "server" else SERVER
     read = {"generator.": config.method.synthetic, "implicit.": config.method.gradient, "matching.": config.method.gradient}
+    read["images."] = config.method.synthetic
     elsewhere = tuple(prefix for prefix, word in read.items() if word != prefix[:-1])
     if config.method.gradient != "trajectory":
         elsewhere = (*elsewhere, "experts.")

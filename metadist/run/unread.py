@@ -9,6 +9,8 @@ from metadist.identity import SERVER, flatten
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
+    classwise = method.match == "class"
+    trained = classwise and method.gradient == "matching"
     belong = {
         "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
         "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
@@ -24,7 +26,15 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "implicit.warm_start=true": (method.gradient != "implicit" or config.implicit.warm_start, ["implicit.restart"]),
         "method.gradient=matching": (method.gradient == "matching", ["matching", "matching.distance"]),
         "method.gradient=unrolled, truncated or matching": (method.gradient != "implicit", ["inner.loss_every"]),
-        "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
+        "method.gradient=matching or distribution": (method.gradient in ("matching", "distribution"), ["method.match"]),
+        "method.match=batch": (not classwise, ["inner.loss_every"]),
+        "method.match=class": (classwise, ["dsa"]),
+        "method=dc or dsa": (trained, ["matching.outer"]),
+        "method=dc or dsa with matching.outer above 1": (
+            trained and config.matching.outer > 1,
+            ["matching.inner", "matching.batch", "matching.lr"],
+        ),
+        "method.synthetic=images": (method.synthetic == "images", ["ipc", "images", "images.start"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),

@@ -15,7 +15,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_machine
+from metadist.run import validate_class, validate_machine
 
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
@@ -27,6 +27,9 @@ METHODS: dict[str, dict[str, str]] = {
     "gtn_implicit": {"synthetic": "generator", "gradient": "implicit", "objective": "real"},
     "gtn_matching": {"synthetic": "generator", "gradient": "matching", "objective": "real"},
     "gtn": {"synthetic": "generator", "gradient": "unrolled", "objective": "real"},
+    "dc": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
+    "dsa": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
+    "dm": {"synthetic": "images", "gradient": "distribution", "match": "class", "init": "random", "objective": "real"},
     "lower_bound": {},
 }
 """Published names and the words each of them stands for; the other words are free."""
@@ -38,7 +41,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
     "method.synthetic": ("images", "generator"),
     "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
-    "method.gradient": ("unrolled", "truncated", "implicit", "matching"),
+    "method.gradient": ("unrolled", "truncated", "implicit", "matching", "distribution"),
+    "method.match": ("batch", "class"),
+    "images.start": ("noise", "real"),
     "implicit.solver": ("neumann", "cg"),
     "matching.distance": ("cosine", "l2"),
     "method.init": ("fixed", "random", "pretrained"),
@@ -80,6 +85,7 @@ AT_LEAST_1 = (
     "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
     "implicit.steps", "implicit.restart", "implicit.terms",
     "experts.count", "experts.epochs", "experts.batch", "experts.group",
+    "matching.outer", "matching.inner", "matching.batch",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -95,6 +101,7 @@ POSITIVE = (
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
     "implicit.step",
     "experts.lr", "experts.rho",
+    "matching.lr",
 )  # fmt: skip
 BELOW_1 = ("inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum")
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
@@ -118,6 +125,8 @@ def validate(config: Config, here: bool = True) -> None:
     _ranges(leaves)
     _method(config)
     _inner(config)
+    validate_class.by_class(config)
+    validate_class.augmentation(config)
     _data_and_net(config)
     _meta(config)
     validate_machine.machine(config)
@@ -133,6 +142,7 @@ def validate_with_data(config: Config, classes: int) -> None:
         allowed = ", ".join(str(d) for d in range(1, images + 1) if images % d == 0)
         total = f"the {images} distilled images (ipc={config.ipc} x {classes} classes)"
         raise UserError(f"inner.steps={steps} does not divide {total}; allowed: {allowed}")
+    validate_class.tasks(config, classes)
     for key in ("attack", "target"):
         given = getattr(config.method, key)
         if config.method.objective == "poison" and given >= classes:
