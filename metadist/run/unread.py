@@ -6,6 +6,11 @@ from metadist.config import Config
 from metadist.identity import SERVER, flatten
 
 
+def _under(config: Config, group: str) -> list[str]:
+    """A group and its keys."""
+    return [group, *(k for k in flatten(config) if k.startswith(f"{group}."))]
+
+
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
@@ -23,12 +28,23 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "implicit.solver=neumann": (method.gradient != "implicit" or config.implicit.solver == "neumann", ["implicit.step"]),
         "implicit.warm_start=true": (method.gradient != "implicit" or config.implicit.warm_start, ["implicit.restart"]),
         "method.gradient=matching": (method.gradient == "matching", ["matching", "matching.distance"]),
-        "method.gradient=unrolled, truncated or matching": (method.gradient != "implicit", ["inner.loss_every"]),
+        "method.gradient=unrolled, truncated or matching": (
+            method.gradient not in ("implicit", "trajectory"),
+            ["inner.loss_every"],
+        ),
+        "method.gradient=trajectory": (method.gradient == "trajectory", ["dsa", *_under(config, "trajectory")]),
+        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
+        "method.loss=distillation": (
+            method.loss == "distillation",
+            [*_under(config, "kd"), *_under(config, "teacher"), *_under(config, "teacher.net")],
+        ),
+        "teacher.path=null": (config.teacher.path is None, ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay",
+                                                            "teacher.batch", "teacher.augment"]),
         "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
-        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
+        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate", "inner.shared_lr"]),
         "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
         "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
         "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
