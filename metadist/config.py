@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metadist.config_machine import ClusterConfig, EngineConfig, ExchangeConfig
-from metadist.config_trajectory import KdConfig, TrajectoryConfig
+from metadist.config_trajectory import ExpertsConfig, KdConfig, TrajectoryConfig
 
 
 @dataclass
@@ -213,6 +213,7 @@ class Config:
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     kd: KdConfig = field(default_factory=KdConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -61,6 +61,7 @@ def identity(config: Config) -> dict[str, Any]:
         "implicit.": method.gradient == "implicit",
         "matching.": method.gradient == "matching",
         "trajectory.": method.gradient == "trajectory",
+        "experts.": method.gradient == "trajectory",
         "kd.": guided,
         "teacher.": guided,
     }

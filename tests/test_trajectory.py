@@ -14,12 +14,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax, sof
 from metadist.config import Config, DataConfig, InnerConfig, LabelsConfig, MethodConfig, NetConfig
 from metadist.config_trajectory import KdConfig, TrajectoryConfig
 from metadist.data import dsa
-from metadist.errors import UserError
-from metadist.evaluate import teachers
-from metadist.methods.starts import Expert
-from metadist.methods.trajectory import Trajectory
-from metadist.nets.loss import cross_entropy_loss, distillation_loss
-from metadist.run import gradient_check, setup as setup_room
+from metadist.run import gradient_check
+from metadist.run import setup as setup_room
 from metadist.run.setup import Setup, build
 from metadist.synthetic.images import Phi
 

@@ -37,8 +37,7 @@ def teacher(config: Config, data: Data, dtype: torch.dtype) -> Teacher:
         found = _read(Path(config.teacher.path).expanduser(), learner, data, config.teacher.net.name)
     else:
         found = store.cached(config.cache_dir, "teacher", recipe(config, data, dtype), lambda: _train(config, learner, data))
-    like = {"device": learner.device, "dtype": dtype}
-    return Teacher(learner, found["theta"].to(**like), found["buffers"].to(**like))
+    return Teacher(learner, *(found[name].to(learner.device, dtype) for name in ("theta", "buffers")))
 
 
 def recipe(config: Config, data: Data, dtype: torch.dtype) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def _train(config: Config, learner: Learner, data: Data) -> dict[str, Tensor]:
     )
     batch = min(t.batch, len(split.x))
     rows = draw.permutation(draw.key(config.seed, "teacher-statistics"), len(split.x)).to(split.x.device)
-    seen = split.x[rows[: min(_FOR_STATISTICS, len(rows) // batch) * batch]].unflatten(0, (-1, batch))
+    seen = split.x[rows[: min(_FOR_STATISTICS, len(rows) // batch) * batch].view(-1, batch)]
     buffers = statistics(learner, theta, seen)
     print(f"the teacher's validation accuracy: {100 * float(accuracy(learner, theta, buffers, data.valid)):.1f} %", flush=True)
     return {"theta": theta[0].cpu(), "buffers": buffers[0].cpu()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metadist import draw
-from metadist.config import TrajectoryConfig
+from metadist.config_trajectory import TrajectoryConfig
 from metadist.errors import UserError
 from metadist.nets import Learner
 from metadist.nets.widths import narrowed
@@ -123,16 +123,14 @@ class Expert(Random):
         super().__init__(learner, seed, learner.device)
         self.experts, self.config = experts, config
         last, given = config.max_start - 1 + config.epochs, f"trajectory.max_start={config.max_start}"
+        most = f"allowed with trajectory.epochs={config.epochs}: at most {experts.epochs + 1 - config.epochs}"
         if experts.size != learner.size:
-            raise UserError(f"the experts have {experts.size} weights, this run's net {learner.size}; match experts of the same "
-                            "net, data and size")  # fmt: skip
+            raise UserError(f"the experts have {experts.size} weights, this run's net {learner.size}; take experts of the same "
+                            "net, channels, size and classes")  # fmt: skip
         if config.max_start > experts.epochs + 1:
-            raise UserError(f"{given} names more start epochs than the {experts.epochs + 1} snapshots of these experts; "
-                            f"allowed: at most {experts.epochs + 1 - config.epochs} for trajectory.epochs={config.epochs}")  # fmt: skip
+            raise UserError(f"{given} names more start epochs than the {experts.epochs + 1} snapshots of these experts; {most}")
         if last > experts.epochs:
-            raise UserError(f"{given} and trajectory.epochs={config.epochs} ask for epoch {last} of experts that end at "
-                            f"{experts.epochs}; give trajectory.max_start at most {experts.epochs + 1 - config.epochs}, or "
-                            "experts of more epochs")  # fmt: skip
+            raise UserError(f"{given} asks for snapshot {last} of experts that end at {experts.epochs}; {most}")
 
     def bound(self, step: int) -> int:
         """Start epochs of this meta-step are below it: trajectory.max_start, or on the way there."""

@@ -5,14 +5,14 @@ at theta*_t and takes N steps on distilled images, augmented, shall arrive where
 
     loss = |theta_N - theta*_{t+M}|^2 / |theta*_t - theta*_{t+M}|^2
 
-differentiated exactly, through all N steps, in the memory of their weights. The expanding window of start epochs and learned soft
-labels are DATM's (Guo et al. 2024, arXiv 2310.05773). With a ``Guide`` (method=mtt_kd) a frozen teacher's soft targets join the
-student's loss; the teacher sees what the student sees, and gradients flow through it into the pixels.
+differentiated exactly, through all N steps, in the memory of their weights. The expanding window of start epochs and learned
+soft labels are DATM's (Guo et al. 2024, arXiv 2310.05773). With a ``Guide`` (method=mtt_kd) a frozen teacher's soft targets
+join the student's loss; the teacher sees what the student sees, and gradients flow through it into the pixels.
 
 Design choices
-- What a step sees is drawn up front: which images (a new permutation each pass) and what DSA does to each of them. The batches of
-  all steps are then a function of the pixels, differentiated by autograd a few steps at a time and made again in its backward
-  pass: its activations are never all there.
+- What a step sees is drawn up front: which images (a new permutation each pass) and what DSA does to each of them. The batches
+  of all steps are then a function of the pixels, differentiated by autograd a few steps at a time and made again in its
+  backward pass: its activations are never all there.
 - Without augmentation, and all images at every step, students of all segments share their one batch.
 """
 
@@ -96,8 +96,9 @@ class Trajectory(Distillation):
         n = self.images.inner_steps
         order = (0,) * n if self.alike else range(n)
         theta = self.inner.unroll(task.theta0, self.batches(phi, task), order, self.synthetic.schedule(phi)[:n])[0]
-        way = (task.theta0 - task.target).square().sum(1)
-        return (theta - task.target).square().sum(1) / way
+        away, way = theta - task.target, task.theta0 - task.target
+        value: Tensor = away.square().sum(1) / way.square().sum(1)
+        return value
 
     def batches(self, phi: Phi, task: Segment) -> Batch:
         """What the students see: images [G, N, B, C, H, W], labels [G, N, B] or [G, N, B, K], the teacher's logits.
@@ -109,8 +110,8 @@ class Trajectory(Distillation):
             seen: Batch = (x[None], *(() if self.guide is None else (self.guide.teacher(x)[None],)))
             return (seen[0], y[None], *seen[1:])
         steps = max(1, _AT_ONCE // (len(task.rows) * self.batch))
-        rows, augmentation = task.rows.split(steps, 1), task.augmentation
-        pieces = augmentation.split(steps, 1) if len(augmentation) else [augmentation] * len(rows)
+        rows, augmentation = torch.split(task.rows, steps, 1), task.augmentation
+        pieces = torch.split(augmentation, steps, 1) if len(augmentation) else [augmentation] * len(rows)
         parts = [
             checkpoint(self._seen, x, *piece, use_reentrant=False, preserve_rng_state=False)
             for piece in zip(rows, pieces, strict=True)
@@ -122,4 +123,4 @@ class Trajectory(Distillation):
         """Augmented images [G, n, B, C, H, W] of n steps, and the teacher's logits on them [G, n, B, K]."""
         x = images[rows]
         x = dsa.apply(augmentation, x) if len(augmentation) else x
-        return (x,) if self.guide is None else (x, self.guide.teacher(x.flatten(0, 2)).unflatten(0, rows.shape))
+        return (x,) if self.guide is None else (x, self.guide.teacher(x.flatten(0, 2)).view(*rows.shape, -1))

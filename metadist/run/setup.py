@@ -43,7 +43,7 @@ class Setup:
     starts: Starts
     inner: Inner
     method: Distillation
-    guide: Guide | None = None
+    guide: Guide | None
 
     @property
     def static(self) -> bool:

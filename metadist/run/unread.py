@@ -38,8 +38,10 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             method.loss == "distillation",
             [*_under(config, "kd"), *_under(config, "teacher"), *_under(config, "teacher.net")],
         ),
-        "teacher.path=null": (config.teacher.path is None, ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay",
-                                                            "teacher.batch", "teacher.augment"]),
+        "teacher.path=null": (
+            config.teacher.path is None,
+            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
+        ),
         "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
@@ -54,8 +56,37 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         ),
         "exchange=allreduce": (config.exchange.name == "allreduce", ["exchange.backend"]),
         "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
+        "method.gradient=trajectory and launch/experts.py": (
+            method.gradient == "trajectory",
+            [k for k in flatten(config) if k.startswith("experts.")],
+        ),
+        **_of_experts(config),
     }
     return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
 
 
+def _of_experts(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What the training of experts reads or not, by its own words."""
+    kind = config.experts.sharpness
+    return {
+        "experts.sharpness=sam or gsam": (kind != "none", ["experts.rho"]),
+        "experts.sharpness=gsam": (kind == "gsam", ["experts.gsam_alpha"]),
+    }
+
+
+def unread_by_experts(config: Config, key: str) -> str | None:
+    """Why launch/experts.py would not read ``key``; None if it does."""
+    section = key.partition(".")[0]
+    if section == "cluster":
+        return "cluster=slurm"
+    if section not in EXPERTS and key not in EXPERTS:
+        return "launch/local.py"
+    return next((what for what, (read, keys) in _of_experts(config).items() if not read and key in keys), None)
+
+
 INTERFACE = ("exchange.interface",)  # on one machine the workers meet on loopback
+EXPERTS = (
+    "data", "net", "experts", "preset", "engine.dtype", "engine.precision", "engine.compile", "run.checkpoint_s", "workers",
+    "device", "threads", "cache_dir", "smoke",
+)  # fmt: skip
+"""Sections and keys that launch/experts.py reads."""

@@ -79,6 +79,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "exchange.backend": ("auto", "gloo", "nccl"),
     "device": ("auto", "cpu", "cuda"),
     "cluster.name": ("slurm", "local", "print"),
+    "experts.sharpness": ("none", "sam", "gsam"),
 }
 
 AT_LEAST_1 = (
@@ -92,6 +93,7 @@ AT_LEAST_1 = (
     "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
     "implicit.steps", "implicit.restart", "implicit.terms",
     "trajectory.epochs", "trajectory.max_start", "trajectory.replay", "teacher.epochs", "teacher.batch",
+    "experts.count", "experts.epochs", "experts.batch", "experts.group",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -102,13 +104,17 @@ AT_LEAST_0 = (
     "trajectory.min_start", "trajectory.grow", "trajectory.grow_from", "trajectory.batch", "teacher.net.width",
     "teacher.net.depth", "teacher.weight_decay",
     "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
+    "experts.images", "experts.weight_decay", "experts.gsam_alpha", "experts.seed",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
     "implicit.step", "kd.T", "kd.scale", "teacher.lr",
+    "experts.lr", "experts.rho",
 )  # fmt: skip
-BELOW_1 = ("teacher.momentum", "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
+BELOW_1 = (
+    "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum", "teacher.momentum",
+)  # fmt: skip
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
 RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (AT_LEAST_1, lambda v: v >= 1),
@@ -167,8 +173,9 @@ def _ranges(leaves: dict[str, Any]) -> None:
         for allowed, (keys, fits) in RANGES.items():
             if key in keys and value is not None and not fits(value):
                 raise UserError(f"{key}={value} is out of range; allowed: {allowed}")
-    if leaves["seed"] >= 2**63:
-        raise UserError(f"seed={leaves['seed']} is out of range; allowed: 0 to 2**63 - 1")
+    for key in ("seed", "experts.seed"):
+        if leaves[key] >= 2**63:
+            raise UserError(f"{key}={leaves[key]} is out of range; allowed: 0 to 2**63 - 1")
     sizes = leaves["lower_bound.set_sizes"]
     if not sizes or min(sizes) < 1:
         raise UserError(f"lower_bound.set_sizes={sizes} is out of range; allowed: one or more numbers, each at least 1")

@@ -37,10 +37,12 @@ def trajectory(config: Config) -> None:
     method, t, inner = config.method, config.trajectory, config.inner
     matched = method.gradient == "trajectory"
     if matched != (method.init == "expert"):
-        raise UserError(f"method.gradient={method.gradient} and method.init={method.init} don't go together: trajectories start "
-                        "at experts, and nothing else does; choose method=mtt")  # fmt: skip
+        raise UserError(f"method.gradient={method.gradient} and method.init={method.init} don't go together: trajectories, "
+                        "and they alone, start at experts; choose method=mtt")  # fmt: skip
     if method.loss == "distillation" and not matched:
-        raise UserError(f"method.loss=distillation is for method.gradient=trajectory, not {method.gradient}; choose method=mtt_kd")
+        raise UserError(
+            f"method.loss=distillation is for method.gradient=trajectory, not {method.gradient}; choose method=mtt_kd"
+        )
     if not matched:
         return
     if t.min_start >= t.max_start:
