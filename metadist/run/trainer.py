@@ -44,7 +44,7 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
     setup = setup or build(config)
     check_pool(setup, folder)
     horizon = config.meta.horizon or int(folder.resolve("horizon", lambda: config.steps))
-    state = MetaState(setup.method.parameters(), config.meta, horizon)
+    state = MetaState(setup.method.parameters(), config.meta, horizon, setup.synthetic.least)
     trainer = Trainer(setup, state, folder, exchange)
     trainer.resume()
     trainer.monitor = Monitor(folder.path if exchange.rank == 0 else None, state.step, config.steps, folder.incarnation)

@@ -172,7 +172,8 @@ class ExpertStore:
         if wrong := [e for e in epochs if not 0 <= e <= self.epochs]:
             raise UserError(f"expert {expert} has no snapshot after epoch {wrong[0]}; allowed: 0 to {self.epochs}")
         file = self._open(expert)
-        theta, exponents = file.get_tensor("first"), file.get_tensor("exponents").tolist()
+        # A copy: what safetensors gives is the mapped memory itself.
+        theta, exponents = file.get_tensor("first").clone(), file.get_tensor("exponents").tolist()
         codes, out = file.get_slice("codes"), torch.empty(len(epochs), self.size)
         for epoch in range(max(epochs, default=0) + 1):
             if epoch:

@@ -92,6 +92,12 @@ class Synthetic(ABC):
         raw = self._each(phi["rate"])
         return raw.clamp(min=MIN_RATE) if self.config.inner.rate == "raw" else F.softplus(raw)
 
+    @property
+    def least(self) -> dict[str, float]:
+        """Bounds that a meta-step must not lead below: a raw rate on its clamp would have no gradient ever after."""
+        inner = self.config.inner
+        return {"rate": 1.01 * MIN_RATE} if inner.learn_lr and inner.rate == "raw" else {}
+
     def _each(self, learned: Tensor) -> Tensor:
         """Of every recorded step [T], what was learned of the steps that are run."""
         times = -(-len(self.order) // len(learned))
