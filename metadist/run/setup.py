@@ -120,8 +120,10 @@ def guide_of(config: Config, learner: Learner, data: Data, device: torch.device)
 
 def synthetic_of(config: Config, data: Data, dtype: torch.dtype, device: torch.device) -> Synthetic:
     """What is learned. Raises UserError for images that the generator can't make."""
-    kind = Generator if config.method.synthetic == "generator" else Images
-    return kind(config, len(data.classes), data.train.x.shape[1:], dtype, device)
+    classes, shape = len(data.classes), data.train.x.shape[1:]
+    if config.method.synthetic == "generator":
+        return Generator(config, classes, shape, dtype, device)
+    return Images(config, classes, shape, dtype, device, data.train)
 
 
 def build(config: Config, data: Data | None = None, learner: Learner | None = None) -> Setup:

@@ -14,6 +14,8 @@ def _under(config: Config, group: str) -> list[str]:
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
+    classwise = method.match == "class"
+    trained = classwise and method.gradient == "matching"
     belong = {
         "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
         "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
@@ -32,7 +34,7 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             method.gradient not in ("implicit", "trajectory"),
             ["inner.loss_every"],
         ),
-        "method.gradient=trajectory": (method.gradient == "trajectory", ["dsa", *_under(config, "trajectory")]),
+        "method.gradient=trajectory": (method.gradient == "trajectory", _under(config, "trajectory")),
         "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
         "method.loss=distillation": (
             method.loss == "distillation",
@@ -42,7 +44,15 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             config.teacher.path is None,
             ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
         ),
-        "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
+        "method.gradient=matching or distribution": (method.gradient in ("matching", "distribution"), ["method.match"]),
+        "method.match=batch": (not classwise, ["inner.loss_every"]),
+        "method.match=class or method.gradient=trajectory": (classwise or method.gradient == "trajectory", ["dsa"]),
+        "method=dc or dsa": (trained, ["matching.outer"]),
+        "method=dc or dsa with matching.outer above 1": (
+            trained and config.matching.outer > 1,
+            ["matching.inner", "matching.batch", "matching.lr"],
+        ),
+        "method.synthetic=images": (method.synthetic == "images", ["ipc", "images", "images.start"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
