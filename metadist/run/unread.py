@@ -34,16 +34,6 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             method.gradient not in ("implicit", "trajectory"),
             ["inner.loss_every"],
         ),
-        "method.gradient=trajectory": (method.gradient == "trajectory", _under(config, "trajectory")),
-        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
-        "method.loss=distillation": (
-            method.loss == "distillation",
-            [*_under(config, "kd"), *_under(config, "teacher"), *_under(config, "teacher.net")],
-        ),
-        "teacher.path=null": (
-            config.teacher.path is None,
-            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
-        ),
         "method.gradient=matching or distribution": (method.gradient in ("matching", "distribution"), ["method.match"]),
         "method.match=batch": (not classwise, ["inner.loss_every"]),
         "method.match=class or method.gradient=trajectory": (classwise or method.gradient == "trajectory", ["dsa"]),
@@ -71,8 +61,26 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             [k for k in flatten(config) if k.startswith("experts.")],
         ),
         **_of_experts(config),
+        **_of_trajectories(config),
     }
     return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
+
+
+def _of_trajectories(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What trajectory matching and a teacher beside it read, and what the former does not."""
+    method = config.method
+    return {
+        "method.gradient=trajectory": (method.gradient == "trajectory", _under(config, "trajectory")),
+        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
+        "method.loss=distillation": (
+            method.loss == "distillation",
+            [*_under(config, "kd"), *_under(config, "teacher"), *_under(config, "teacher.net")],
+        ),
+        "teacher.path=null": (
+            config.teacher.path is None,
+            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
+        ),
+    }
 
 
 def _of_experts(config: Config) -> dict[str, tuple[bool, list[str]]]:
