@@ -33,6 +33,7 @@ from metadist.run import validate_machine
 from metadist.run.compose import compose
 from metadist.run.environment import cores
 from metadist.run.experts import done, experts_dir, groups, outcome, work
+from metadist.run.guard import guarded
 from metadist.run.queue import run_workers
 from metadist.run.signals import SIGNALS, Stop, stop_status
 from metadist.run.unread import unread_by_experts
@@ -107,8 +108,8 @@ def open_folder(config: Config) -> Path:
     return folder
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status of `launch/experts.py` on these words. Raises UserError and RunError."""
+def experts(argv: Sequence[str]) -> int:
+    """``launch/experts.py``. Raises UserError and RunError."""
     flags = [word for word in argv if word.startswith("-")]
     words = [SHORT.get(key, key) + sep + value for key, sep, value in (w.partition("=") for w in argv if w not in flags)]
     if wrong := next((f for f in flags if f not in FLAGS), None):
@@ -129,6 +130,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     validate_machine.gpu(config)
     return start(words, config)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``launch/experts.py`` with its exit status."""
+    return guarded(experts, argv)
 
 
 def _here(config: Config) -> None:

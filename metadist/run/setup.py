@@ -102,11 +102,17 @@ def starts_of(config: Config, learner: Learner, data: Data, device: torch.device
 
 
 def experts_of(config: Config) -> Experts:
-    """The experts of a configuration. Raises UserError, with the command that makes them, if they are missing."""
-    from metadist.run.experts import open_experts  # which composes configurations: other runs need not load Hydra
+    """The experts of a configuration. Raises UserError, with the command that makes them, if they are missing.
 
-    experts: Experts = open_experts(config)
-    return experts
+    A smoke run's experts are made here: they take a second.
+    """
+    from metadist.run.experts import experts_dir, open_experts, work  # they load Hydra, which other runs can spare
+
+    if config.smoke and config.experts.path is None:
+        folder = experts_dir(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        work(config, folder, lambda: False)
+    return open_experts(config)
 
 
 def guide_of(config: Config, learner: Learner, data: Data, device: torch.device) -> Guide | None:
