@@ -25,14 +25,16 @@ from metadist.data import dsa
 from metadist.errors import UserError
 from metadist.evaluate import teachers
 from metadist.exchange.allreduce import Alone
+from metadist.identity import identity_hash
 from metadist.methods.starts import Expert
 from metadist.nets.loss import cross_entropy_loss, distillation_loss
 from metadist.run import evaluation, gradient_check, judge, local, trainer
 from metadist.run import setup as setup_room
 from metadist.run.command import main
-from metadist.run.compose import compose
+from metadist.run.compose import compose, expand
 from metadist.run.experts import experts_dir, recipe
 from metadist.run.folder import RunFolder
+from metadist.run.helptext import header
 from metadist.run.setup import Setup, build
 from metadist.run.signals import Stop
 from metadist.run.state import MetaState
@@ -525,3 +527,37 @@ def test_a_mistake_is_one_line(words: list[str], said: str, cache: str, tmp_path
     assert main([*plain, *own, *(w for w in words if w not in own), cache, f"run_dir={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+
+
+@pytest.mark.parametrize(
+    ("preset", "experts"),
+    [
+        ("mnist_mtt", "mnist_experts"),
+        ("cifar10_mtt_small", "cifar10_experts_small"),
+        ("cifar10_mtt_kd_small", "cifar10_experts_small"),
+        ("cifar10_mtt_1", "cifar10_experts"),
+        ("cifar10_mtt_10", "cifar10_experts"),
+        ("cifar10_mtt_kd_resnet50", "cifar10_experts"),
+        ("cifar10_mtt_50", "cifar10_experts_plain"),
+    ],
+)
+def test_presets_find_the_experts_that_their_headers_name(preset: str, experts: str) -> None:
+    config = compose([f"preset={preset}"])
+    made = compose([f"preset={experts}"], judge=lambda config, words: None)
+    assert experts_dir(config) == experts_dir(made) and config.experts.count == made.experts.count
+    assert config.trajectory.max_start - 1 + config.trajectory.epochs <= made.experts.epochs
+    assert f"preset={experts} " in header("preset", preset)["experts"]
+
+
+class _Named:
+    """As much of a data set as a teacher's recipe reads."""
+
+    name, classes = "cifar10", ("a", "b")
+
+
+def test_the_table_of_temperatures_and_weights_is_one_sweep() -> None:
+    points = expand(["preset=cifar10_mtt_kd_resnet50", "kd.T=.5,1,3", "kd.alpha=.3,.7", "kd.scale=1"])
+    assert {(p.config.kd.T, p.config.kd.alpha) for p in points} == {(T, a) for T in (0.5, 1, 3) for a in (0.3, 0.7)}
+    assert len({identity_hash(p.config) for p in points}) == 6  # six runs
+    shared = {json.dumps(teachers.recipe(p.config, _Named(), torch.float32)) for p in points}
+    assert len(shared) == 1  # that share one teacher
