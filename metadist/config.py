@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metadist.config_machine import ClusterConfig, EngineConfig, ExchangeConfig
+from metadist.config_trajectory import ExpertsConfig, KdConfig, TrajectoryConfig
 
 
 @dataclass
@@ -14,9 +15,10 @@ class MethodConfig:
 
     name: str = "dd_random_init"  # the published name; a run folder and its manifest carry it
     synthetic: str = "images"  # images | generator
-    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | distribution
-    init: str = "random"  # fixed | random | pretrained
+    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | distribution | trajectory
+    init: str = "random"  # fixed | random | pretrained | expert
     objective: str = "real"  # real | poison
+    loss: str = "cross_entropy"  # of the inner training: cross_entropy | distillation: with a teacher's soft targets beside
     match: str = "batch"  # matching: batch: along each task's own training | class: class by class, on one learner for all
     attack: int = 0  # poison: class K whose images are to be misread
     target: int = 1  # poison: class T they are to be read as
@@ -44,6 +46,7 @@ class InnerConfig:
     optimizer: str = "sgd"  # sgd | momentum | adam
     lr: float = 0.02  # initial rate of every step
     learn_lr: bool = True  # one rate per step, learned; false: all stay at lr
+    shared_lr: bool = False  # learn one rate for all steps
     rate: str = "softplus"  # softplus: learn softplus^-1 of the rate | raw: the rate itself, clamped at 1e-6
     momentum: float = 0.9  # momentum's coefficient, Adam's beta1
     learn_momentum: bool = False  # through a sigmoid, one per step
@@ -98,26 +101,6 @@ class ImagesConfig:
     """method.synthetic=images."""
 
     start: str = "noise"  # noise: N(0, 1) | real: drawn training images of their classes
-
-
-@dataclass
-class ExpertsConfig:
-    """Expert trajectories (launch/experts.py): ordinary training on real data, a snapshot of the weights an epoch."""
-
-    count: int = 100  # networks
-    epochs: int = 50  # of training; snapshots are 0 to epochs
-    images: int = 0  # training images of an epoch, drawn anew for each; 0: all
-    lr: float = 0.01  # constant rate
-    momentum: float = 0.0  # 0: plain SGD
-    weight_decay: float = 0.0  # l2 over all weights
-    batch: int = 256  # real images a step
-    dsa: str = "none"  # strategy, operations joined by underscores: color_crop_cutout_flip_scale_rotate
-    sharpness: str = "none"  # none | sam: gradients at the worst point nearby | gsam: less of the surrogate gap, too
-    rho: float = 0.01  # sam, gsam: distance to that point
-    gsam_alpha: float = 0.3  # gsam: weight of the gap
-    group: int = 10  # networks of a task, trained at once where that is faster
-    seed: int = 0  # of their initializations, orders of images and augmentation
-    path: str | None = None  # a store's folder; null: cache_dir/experts/<hash of everything that made it>
 
 
 @dataclass
@@ -184,6 +167,20 @@ class NetConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """method.loss=distillation: the frozen teacher, trained by SGD with momentum on the run's own training data, or read."""
+
+    net: NetConfig = field(default_factory=lambda: NetConfig(name="resnet18", init="default"))  # teacher.net.name=resnet50
+    epochs: int = 20  # passes; the rate drops to a tenth at half of the steps
+    lr: float = 0.05  # rate
+    momentum: float = 0.9  # its momentum
+    weight_decay: float = 0.0005  # l2 in the loss
+    batch: int = 128  # real images a step
+    augment: str = "none"  # of them: none | crop | flip | crop_flip
+    path: str | None = None  # a safetensors file of theta [P] and, with BatchNorm, buffers [Q], instead of training
+
+
+@dataclass
 class EvalConfig:
     """Evaluation during the run (validation split) and at its end (test split, once)."""
 
@@ -225,6 +222,9 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     implicit: ImplicitConfig = field(default_factory=ImplicitConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    kd: KdConfig = field(default_factory=KdConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from metadist.metagrad.mixed import Batch, Loss
 
@@ -44,5 +44,26 @@ def cross_entropy_loss(learner: Learner, weight_decay: float = 0.0) -> Loss:
         x, y = batch
         value = cross_entropy(learner(theta, x), y)
         return value + 0.5 * weight_decay * theta.square().sum() if weight_decay else value
+
+    return loss
+
+
+def distillation_loss(learner: Learner, alpha: float, T: float, scale: float | None = None) -> Loss:
+    """The loss (theta [P], (x [B, C, H, W], y, t)) of a student with a teacher (Hinton et al. 2015, arXiv 1503.02531):
+
+        (1 - alpha) CE(z, y) + alpha s KL(softmax(t / T) || softmax(z / T)),    z = learner(theta, x),
+
+    both terms means over the batch. As T grows, T^2 KL tends to |z - t|^2 / 2K for logits of zero mean.
+    alpha: weight of the soft term, 0 to 1. T: temperature, above 0. scale: s; None: T^2.
+    y: int64 [B] class numbers, or float [B, K] probabilities. t: float [B, K], the teacher's logits; differentiable, like x.
+    """
+    s = T**2 if scale is None else scale
+
+    def loss(theta: Tensor, batch: Batch) -> Tensor:
+        x, y, t = batch
+        z = learner(theta, x)
+        theirs, ours = log_softmax(t / T, dim=1), log_softmax(z / T, dim=1)
+        soft = (theirs.exp() * (theirs - ours)).sum(1).mean()
+        return (1 - alpha) * cross_entropy(z, y) + alpha * s * soft
 
     return loss

@@ -128,7 +128,7 @@ def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder
     evaluation = network * (validations + tests * len(setup.data.test.y) / len(setup.data.valid.y))
     checkpoint = sum(t.numel() * t.element_size() for t in state.tensors().values()) * 2 / 1e6
     images = sum(p.numel() for p in state.phi.values()) * 4 / 1e6
-    scalars = left // config.run.log_every * (12 + 2 * len(setup.synthetic.order))
+    scalars = left // config.run.log_every * (12 + 2 * setup.synthetic.inner_steps)
     anchors = left // config.run.anchor_every if config.run.anchor_every else 0
     disk = disk_mb(checkpoint, images, config.run.keep, anchors, scalars, (left // config.run.image_every + 2) * images)
     peak = peak_memory_mb(setup.device)

@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ class MetaState:
 
     phi: initial meta-parameters, taken over.
     config: the outer optimization; ``horizon`` is the cosine's length in meta-steps (meta.horizon, resolved).
+    least: lower bounds of parameters, by name; a step that would lead below them ends there (a projection).
     """
 
-    def __init__(self, phi: Phi, config: MetaConfig, horizon: int) -> None:
+    def __init__(self, phi: Phi, config: MetaConfig, horizon: int, least: Mapping[str, float] | None = None) -> None:
         """The state before the first meta-step."""
-        self.config, self.horizon = config, horizon
+        self.config, self.horizon, self.least = config, horizon, least or {}
         self.phi: Phi = {k: v.detach().clone().requires_grad_() for k, v in phi.items()}
         self.average: Phi = self.copy_phi()
         self.best: Phi = {}
@@ -101,6 +103,9 @@ class MetaState:
             p.grad = part.view_as(p).to(p.dtype)
             group["lr"] = self._base_rate(name) * factor
         self.optimizer.step()
+        with torch.no_grad():
+            for name, bound in self.least.items():
+                self.phi[name].clamp_(min=bound)
         for name, value in self.average.items():
             value.lerp_(self.phi[name].detach(), 1 - self.config.ema)
 

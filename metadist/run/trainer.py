@@ -44,7 +44,7 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
     setup = setup or build(config)
     check_pool(setup, folder)
     horizon = config.meta.horizon or int(folder.resolve("horizon", lambda: config.steps))
-    state = MetaState(setup.method.parameters(), config.meta, horizon)
+    state = MetaState(setup.method.parameters(), config.meta, horizon, setup.synthetic.least)
     trainer = Trainer(setup, state, folder, exchange)
     trainer.resume()
     trainer.monitor = Monitor(folder.path if exchange.rank == 0 else None, state.step, config.steps, folder.incarnation)
@@ -210,9 +210,11 @@ class Trainer:
             return
         values = {"meta_loss": state.loss, "grad_norm": state.grad_norm, "meta_rate": self.config.meta.lr * state.factor()}
         values |= {"skipped": float(state.skipped), "rollbacks": float(state.rollbacks)}
-        rates, momenta = synthetic.rates(state.phi), synthetic.momenta(state.phi)
-        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
-        values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist() if momenta is not None else [])}
+        rates, momenta = synthetic.rates(state.phi)[: synthetic.inner_steps], synthetic.momenta(state.phi)
+        alike = self.config.inner.shared_lr
+        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates[:1].tolist() if alike else rates.tolist())}
+        momenta = rates[:0] if momenta is None else momenta[: synthetic.inner_steps]
+        values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist())}
         each = {k: v / max(self._since, 1) for k, v in self._seconds.items()}
         if self.exchange.computes:
             each["exchange_s"] = max(0.0, each["step_s"] - each["compute_s"] - each["data_s"])

@@ -6,6 +6,11 @@ from metadist.config import Config
 from metadist.identity import SERVER, flatten
 
 
+def _under(config: Config, group: str) -> list[str]:
+    """A group and its keys."""
+    return [group, *(k for k in flatten(config) if k.startswith(f"{group}."))]
+
+
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
@@ -25,10 +30,13 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "implicit.solver=neumann": (method.gradient != "implicit" or config.implicit.solver == "neumann", ["implicit.step"]),
         "implicit.warm_start=true": (method.gradient != "implicit" or config.implicit.warm_start, ["implicit.restart"]),
         "method.gradient=matching": (method.gradient == "matching", ["matching", "matching.distance"]),
-        "method.gradient=unrolled, truncated or matching": (method.gradient != "implicit", ["inner.loss_every"]),
+        "method.gradient=unrolled, truncated or matching": (
+            method.gradient not in ("implicit", "trajectory"),
+            ["inner.loss_every"],
+        ),
         "method.gradient=matching or distribution": (method.gradient in ("matching", "distribution"), ["method.match"]),
         "method.match=batch": (not classwise, ["inner.loss_every"]),
-        "method.match=class": (classwise, ["dsa"]),
+        "method.match=class or method.gradient=trajectory": (classwise or method.gradient == "trajectory", ["dsa"]),
         "method=dc or dsa": (trained, ["matching.outer"]),
         "method=dc or dsa with matching.outer above 1": (
             trained and config.matching.outer > 1,
@@ -38,7 +46,7 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
-        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
+        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate", "inner.shared_lr"]),
         "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
         "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
         "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
@@ -53,8 +61,26 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             [k for k in flatten(config) if k.startswith("experts.")],
         ),
         **_of_experts(config),
+        **_of_trajectories(config),
     }
     return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
+
+
+def _of_trajectories(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What trajectory matching and a teacher beside it read, and what the former does not."""
+    method = config.method
+    return {
+        "method.gradient=trajectory": (method.gradient == "trajectory", _under(config, "trajectory")),
+        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
+        "method.loss=distillation": (
+            method.loss == "distillation",
+            [*_under(config, "kd"), *_under(config, "teacher"), *_under(config, "teacher.net")],
+        ),
+        "teacher.path=null": (
+            config.teacher.path is None,
+            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
+        ),
+    }
 
 
 def _of_experts(config: Config) -> dict[str, tuple[bool, list[str]]]:

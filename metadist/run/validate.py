@@ -15,8 +15,9 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_class, validate_machine
+from metadist.run import validate_class, validate_machine, validate_method
 
+_TRAJECTORY = {"synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real"}
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
     "dd_random_init": {"init": "random", "objective": "real"},
@@ -27,6 +28,8 @@ METHODS: dict[str, dict[str, str]] = {
     "gtn_implicit": {"synthetic": "generator", "gradient": "implicit", "objective": "real"},
     "gtn_matching": {"synthetic": "generator", "gradient": "matching", "objective": "real"},
     "gtn": {"synthetic": "generator", "gradient": "unrolled", "objective": "real"},
+    "mtt": {**_TRAJECTORY, "loss": "cross_entropy"},
+    "mtt_kd": {**_TRAJECTORY, "loss": "distillation"},
     "dc": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
     "dsa": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
     "dm": {"synthetic": "images", "gradient": "distribution", "match": "class", "init": "random", "objective": "real"},
@@ -41,13 +44,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
     "method.synthetic": ("images", "generator"),
     "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
-    "method.gradient": ("unrolled", "truncated", "implicit", "matching", "distribution"),
+    "method.gradient": ("unrolled", "truncated", "implicit", "matching", "distribution", "trajectory"),
     "method.match": ("batch", "class"),
     "images.start": ("noise", "real"),
     "implicit.solver": ("neumann", "cg"),
     "matching.distance": ("cosine", "l2"),
-    "method.init": ("fixed", "random", "pretrained"),
+    "method.init": ("fixed", "random", "pretrained", "expert"),
     "method.objective": ("real", "poison"),
+    "method.loss": ("cross_entropy", "distillation"),
     "pretrained.data": DATA,
     "inner.optimizer": ("sgd", "momentum", "adam"),
     "inner.rate": ("softplus", "raw"),
@@ -62,6 +66,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "net.norm": ("none", "batch", "layer", "instance", "group"),
     "net.activation": ("sigmoid", "relu", "leaky"),
     "net.pooling": ("none", "max", "avg"),
+    "teacher.net.name": tuple(n for n in NETS if n not in ("gtn", "custom")),
+    "teacher.net.init": ("xavier", "kaiming", "orthogonal", "default"),
+    "teacher.net.norm": ("none", "batch", "layer", "instance", "group"),
+    "teacher.net.activation": ("sigmoid", "relu", "leaky"),
+    "teacher.net.pooling": ("none", "max", "avg"),
+    "teacher.augment": ("none", "crop", "flip", "crop_flip"),
     "engine.compile": ("auto", "on", "off"),
     "engine.mixed": ("reverse", "forward"),
     "engine.dtype": ("float32", "float64"),
@@ -84,6 +94,7 @@ AT_LEAST_1 = (
     "exchange.shards", "cluster.server_cpus",
     "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
     "implicit.steps", "implicit.restart", "implicit.terms",
+    "trajectory.epochs", "trajectory.max_start", "trajectory.replay", "teacher.epochs", "teacher.batch",
     "experts.count", "experts.epochs", "experts.batch", "experts.group",
     "matching.outer", "matching.inner", "matching.batch",
 )  # fmt: skip
@@ -93,17 +104,19 @@ AT_LEAST_0 = (
     "net.depth", "data.split_seed", "cluster.tasks_per_node", "cluster.gpus_per_node", "cluster.mem_gb",
     "cluster.max_num_timeout", "cluster.max_restarts", "cluster.server_mem_gb", "cluster.server_timeout_min",
     "exchange.max_staleness", "exchange.damping", "exchange.batch",
+    "trajectory.min_start", "trajectory.grow", "trajectory.grow_from", "trajectory.batch", "teacher.net.width",
+    "teacher.net.depth", "teacher.weight_decay",
     "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
     "experts.images", "experts.weight_decay", "experts.gsam_alpha", "experts.seed",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
-    "implicit.step",
-    "experts.lr", "experts.rho",
-    "matching.lr",
+    "implicit.step", "kd.T", "kd.scale", "teacher.lr", "experts.lr", "experts.rho", "matching.lr",
 )  # fmt: skip
-BELOW_1 = ("inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum")
+BELOW_1 = (
+    "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum", "teacher.momentum",
+)  # fmt: skip
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
 RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (AT_LEAST_1, lambda v: v >= 1),
@@ -112,6 +125,7 @@ RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 0 and below 1": (BELOW_1, lambda v: 0 <= v < 1),
     "above 0 and below 1": (INSIDE_1, lambda v: 0 < v < 1),
     "above 0 and at most 1": (("meta.decay",), lambda v: 0 < v <= 1),
+    "0 to 1": (("kd.alpha",), lambda v: 0 <= v <= 1),
 }
 
 
@@ -125,6 +139,7 @@ def validate(config: Config, here: bool = True) -> None:
     _ranges(leaves)
     _method(config)
     _inner(config)
+    validate_method.trajectory(config)
     validate_class.by_class(config)
     validate_class.augmentation(config)
     _data_and_net(config)
@@ -142,6 +157,7 @@ def validate_with_data(config: Config, classes: int) -> None:
         allowed = ", ".join(str(d) for d in range(1, images + 1) if images % d == 0)
         total = f"the {images} distilled images (ipc={config.ipc} x {classes} classes)"
         raise UserError(f"inner.steps={steps} does not divide {total}; allowed: {allowed}")
+    validate_method.trajectory_with_data(config, classes)
     validate_class.tasks(config, classes)
     for key in ("attack", "target"):
         given = getattr(config.method, key)
@@ -204,38 +220,13 @@ def _inner(config: Config) -> None:
     if inner.loss_every > (inner.window or total):
         what = f"inner.window={inner.window}" if inner.window else length
         raise UserError(f"inner.loss_every={inner.loss_every} is beyond {what}; allowed: 0 to {inner.window or total}")
-    _generator(config)
-    _gradient(config)
+    validate_method.generator(config)
+    validate_method.stationary(config)
     if inner.learn_momentum and inner.optimizer == "sgd":
         raise UserError("inner.learn_momentum=true needs inner.optimizer=momentum or adam; sgd has no momentum")
     if inner.learn_momentum and inner.momentum == 0:
         raise UserError(
             "inner.learn_momentum=true learns through a sigmoid, which never is 0; start from inner.momentum above 0"
-        )
-
-
-def _generator(config: Config) -> None:
-    if config.method.synthetic == "generator" and config.generator.batch < 2:
-        raise UserError(
-            f"generator.batch={config.generator.batch}: batch normalization makes one image a constant; give 2 or more"
-        )
-
-
-def _gradient(config: Config) -> None:
-    """What implicit gradients and gradient matching can't learn, because their gradient in it is zero."""
-    kind, inner = config.method.gradient, config.inner
-    if kind not in ("implicit", "matching"):
-        return
-    for key, given in (("inner.learn_lr", inner.learn_lr), ("inner.learn_momentum", inner.learn_momentum)):
-        if given:
-            raise UserError(f"{key}=true, but method.gradient={kind} does not differentiate the training's path, so its rates "
-                            f"have no gradient; give {key}=false")  # fmt: skip
-    if kind == "implicit" and config.method.synthetic == "generator" and config.generator.curriculum not in ("full", "none"):
-        raise UserError(f"generator.curriculum={config.generator.curriculum} orders the steps of a training that "
-                        "method.gradient=implicit does not see; give full (learned codes) or none (fresh noise)")  # fmt: skip
-    if kind == "implicit" and not config.implicit.l2 and not config.implicit.damping:
-        raise UserError(
-            "implicit.l2=0 and implicit.damping=0: the Hessian then has directions without curvature; give one above 0"
         )
 
 
