@@ -35,7 +35,8 @@ class Plan:
     @property
     def text(self) -> str:
         """In words: `100 epochs, momentum, crop`."""
-        augment = "dsa" if self.augment.removeprefix("dsa:") == dsa.ALL else self.augment
+        short = {f"dsa:{dsa.ALL}": "dsa", f"dsa:{dsa.MIRROR_FREE}": "dsa without flip"}
+        augment = short.get(self.augment, self.augment)
         return f"{self.epochs} epochs, {self.optimizer.kind}{'' if augment == 'none' else f', {augment}'}"
 
 
