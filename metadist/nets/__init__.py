@@ -22,12 +22,14 @@ from metadist.config import NetConfig
 from metadist.errors import UserError, unknown
 from metadist.nets import custom
 from metadist.nets.alexcifar import alexcifar
+from metadist.nets.alexnet import alexnet
 from metadist.nets.convnet import convnet
 from metadist.nets.gtn import gtn
 from metadist.nets.learner import Learner
 from metadist.nets.lenet import lenet
 from metadist.nets.mlp import mlp
 from metadist.nets.resnet import resnet18, resnet50
+from metadist.nets.vgg11 import vgg11
 from metadist.nets.weight_norm import weight_normed
 
 __all__ = ["NAMES", "Learner", "build"]
@@ -43,6 +45,8 @@ _FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "resnet18": (resnet18, {}),
     "resnet50": (resnet50, {}),
     "gtn": (gtn, {"width": "width", "depth": "depth", "draw_width": "widest"}),
+    "alexnet": (alexnet, {}),
+    "vgg11": (vgg11, {"norm": "norm"}),
 }
 NAMES: tuple[str, ...] = (*_FAMILIES, "custom")
 

@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, str]] = {
 """Published names and the words each of them stands for; the other words are free."""
 
 DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder")
-NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "custom")
+NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11", "custom")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
