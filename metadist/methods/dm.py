@@ -56,7 +56,7 @@ class Distribution(ByClass):
         """Squared distance [G] between the mean embeddings of the two batches of each class."""
         (own, _), (real, _) = self.pair(phi, task.numbers, task.x, task.siamese)
         with torch.no_grad():  # on a CPU one class after another (see evaluate.train.at_once), else all at once
-            pieces = real.split(self.inner.judge_group or len(real))
+            pieces = torch.split(real, self.inner.judge_group or len(real))
             theirs = torch.cat([self._mean(task.theta0[0], piece) for piece in pieces])
         return (self._mean(task.theta0[0], own) - theirs).square().sum(1)
 
