@@ -96,7 +96,7 @@ class Condensation(ByClass):
         own, real = self.pair(phi, task.numbers, task.x, task.siamese)
         # Gradients of large batches: on a CPU one class after another (see evaluate.train.at_once), else all at once.
         size = inner.judge_group or len(each)
-        pieces = zip(each.split(size), *(v.split(size) for v in real), strict=True)
+        pieces = zip(*(torch.split(v, size) for v in (each, *real)), strict=True)
         theirs = torch.cat([gradients(inner.loss, th, (x, y), shared=False) for th, x, y in pieces]).detach()
         ours = inner_gradient(inner.loss, each, own, inner.form, shared=False)
         value = distance(ours, theirs, self.learner, self.settings.distance)
