@@ -439,7 +439,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return cache
 
 
-@pytest.mark.parametrize("method", [["method=mtt"], KD])
+@pytest.mark.parametrize("method", [pytest.param(["method=mtt"], marks=pytest.mark.slow), KD], ids=["mtt", "mtt_kd"])
 def test_two_workers_are_one(method: list[str], cache: str, tmp_path: Path) -> None:
     words = [*TINY, *method, cache, "engine.dtype=float64", "steps=4"]
     alone = RunFolder.open(compose([*words, f"run_dir={tmp_path / 'one'}"]))
