@@ -467,6 +467,17 @@ def test_a_mistake_is_one_line(words: list[str], line: str, tmp_path: Path, caps
     assert not list(tmp_path.rglob("expert-*"))
 
 
+def test_a_folder_of_other_experts_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, "experts=1", "epochs=1", f"experts.path={tmp_path / 's'}"]
+    assert main(words) == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main([*words, "experts.lr=.5"]) == 2
+    err = capsys.readouterr().err
+    assert "were made otherwise (experts.lr: 0.01 -> 0.5; recorded -> given)" in err and err.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_distilling_programs_refuse_what_is_for_experts() -> None:
     with pytest.raises(UserError, match=r"preset=mnist_experts is for python launch/experts.py"):
         compose(["preset=mnist_experts"])

@@ -100,6 +100,12 @@ class Trajectory:
         return out
 
 
+def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Raise UserError, which names what differs, if the folder is another recipe's; a folder without experts is anybody's."""
+    if (folder / "manifest.json").exists():
+        _compare(folder, _manifest(folder)["recipe"], json.loads(json.dumps(recipe)))
+
+
 def prepare(folder: Path, recipe: Mapping[str, Any], parameters: Mapping[str, Sequence[int]]) -> str:
     """Make a store's folder, or check that it is this recipe's; returns the recipe's key.
 
