@@ -35,10 +35,13 @@ class ByClass(Distillation):
         self.rows = torch.sort(data.train.y, stable=True).indices
         self.sizes = torch.bincount(data.train.y, minlength=synthetic.classes)
         self.firsts = self.sizes.cumsum(0) - self.sizes
+        self._drawn: tuple[int, Tensor] | None = None
 
     def fresh(self, step: int) -> Tensor:
         """A learner [1, P] of this meta-step's own."""
-        return self.starts.sample(step, torch.zeros(1, dtype=torch.int64, device=self.images.device))
+        if self._drawn is None or self._drawn[0] != step:  # groups of one step ask for the same
+            self._drawn = step, self.starts.sample(step, torch.zeros(1, dtype=torch.int64, device=self.images.device))
+        return self._drawn[1]
 
     def real(self, step: int, tasks: Tensor) -> Tensor:
         """Real images [G, R, C, H, W] of these classes, drawn with replacement."""

@@ -94,7 +94,10 @@ class Condensation(ByClass):
         theta = (task.theta0 if task.fresh else self._trained(phi, task)).detach()
         each, inner = theta.expand(len(task.numbers), -1), self.inner
         own, real = self.pair(phi, task.numbers, task.x, task.siamese)
-        theirs = gradients(inner.loss, each, real, shared=False).detach()
+        # Gradients of large batches: on a CPU one class after another (see evaluate.train.at_once), else all at once.
+        size = inner.judge_group or len(each)
+        pieces = zip(*(torch.split(v, size) for v in (each, *real)), strict=True)
+        theirs = torch.cat([gradients(inner.loss, th, (x, y), shared=False) for th, x, y in pieces]).detach()
         ours = inner_gradient(inner.loss, each, own, inner.form, shared=False)
         value = distance(ours, theirs, self.learner, self.settings.distance)
         if self.settings.outer == 1:

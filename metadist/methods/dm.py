@@ -55,8 +55,9 @@ class Distribution(ByClass):
     def loss(self, phi: Phi, task: Any) -> Tensor:
         """Squared distance [G] between the mean embeddings of the two batches of each class."""
         (own, _), (real, _) = self.pair(phi, task.numbers, task.x, task.siamese)
-        with torch.no_grad():
-            theirs = self._mean(task.theta0[0], real)
+        with torch.no_grad():  # on a CPU one class after another (see evaluate.train.at_once), else all at once
+            pieces = torch.split(real, self.inner.judge_group or len(real))
+            theirs = torch.cat([self._mean(task.theta0[0], piece) for piece in pieces])
         return (self._mean(task.theta0[0], own) - theirs).square().sum(1)
 
     def _mean(self, theta: Tensor, x: Tensor) -> Tensor:
