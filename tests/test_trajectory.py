@@ -32,6 +32,7 @@ from metadist.run import evaluation, gradient_check, judge, local, trainer
 from metadist.run import setup as setup_room
 from metadist.run.command import main
 from metadist.run.compose import compose, expand
+from metadist.run.compute import Compute
 from metadist.run.experts import experts_dir, recipe
 from metadist.run.folder import RunFolder
 from metadist.run.helptext import header
@@ -439,7 +440,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return cache
 
 
-@pytest.mark.parametrize("method", [["method=mtt"], KD])
+@pytest.mark.parametrize("method", [pytest.param(["method=mtt"], marks=pytest.mark.slow), KD], ids=["mtt", "mtt_kd"])
 def test_two_workers_are_one(method: list[str], cache: str, tmp_path: Path) -> None:
     words = [*TINY, *method, cache, "engine.dtype=float64", "steps=4"]
     alone = RunFolder.open(compose([*words, f"run_dir={tmp_path / 'one'}"]))
@@ -561,3 +562,14 @@ def test_the_table_of_temperatures_and_weights_is_one_sweep() -> None:
     assert len({identity_hash(p.config) for p in points}) == 6  # six runs
     shared = {json.dumps(teachers.recipe(p.config, _Named(), torch.float32)) for p in points}
     assert len(shared) == 1  # that share one teacher
+
+
+@pytest.mark.parametrize("method", ["dd_random_init", "mtt"])
+def test_static_members_of_a_task_select_the_graph_and_its_tensors_are_inputs(method: str, cache: str) -> None:
+    """As a GPU takes it; on a CPU the capture is a plain call. A static member may be None."""
+    own = [w for w in TINY if method == "mtt" or not w.startswith(("experts.", "trajectory.", "dsa="))]
+    setup = build(compose([*own, f"method={method}", cache]))
+    compute, phi = Compute(setup.method, 2, setup.device), setup.method.parameters()
+    plain = compute(phi, 0, torch.arange(3))
+    compute._static = True
+    assert torch.equal(compute(phi, 0, torch.arange(3)), plain)

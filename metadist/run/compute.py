@@ -15,6 +15,8 @@ from torch import Tensor
 from metadist.metagrad.execution import Captured
 from metadist.synthetic.images import Phi
 
+_TENSOR = object()  # stands for a task's tensors among its static members, of which None may be one
+
 
 class Method(Protocol):
     """A method: what is learned, what a task draws, what it loses."""
@@ -73,13 +75,13 @@ class Compute:
         if not self._static:
             return self._plain(phi, task, weight)
         # Static members (integers, tuples of them) select the graph; tensors are its inputs.
-        fixed = tuple(None if isinstance(v, Tensor) else v for v in task)
+        fixed = tuple(_TENSOR if isinstance(v, Tensor) else v for v in task)
         if fixed not in self._captured:
             kind = type(task)
 
             def whole(phi: Phi, tensors: tuple[Tensor, ...], weight: Tensor) -> Tensor:
                 it = iter(tensors)
-                return self._plain(phi, kind(*(next(it) if v is None else v for v in fixed)), weight)
+                return self._plain(phi, kind(*(next(it) if v is _TENSOR else v for v in fixed)), weight)
 
             self._captured[fixed] = Captured(whole)
         result: Tensor = self._captured[fixed](
