@@ -55,8 +55,9 @@ def tensors(p: Problem, way: str, device: str) -> int:
     the loop would not fit.
     """
     if device == "cuda":
-        ways(p, device, True)[way](p.size.steps)  # library workspaces are allocated once
-        return peak(ways(p, device, True)[way], p.size.steps, device)
+        work = ways(p, device, True)[way]
+        work(p.size.steps)  # library workspaces are allocated once
+        return peak(work, p.size.steps, device)
     way = way.replace(", compiled", "")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         given = {k: mode.from_tensor(v) for k, v in vars(p).items() if isinstance(v, Tensor)}
@@ -122,13 +123,15 @@ def case(name: str, size: Size, args: argparse.Namespace) -> dict[str, Any]:
     """One case: rows of all ways."""
     p = problem(size, args.device)
     found = {k: w for k, w in ways(p, args.device, not args.plain).items() if k == LOOP or not args.way or k in args.way}
+    # Without memory the count of all steps takes seconds, whatever --steps the clock is given.
+    whole = p if args.quick or args.device == "cuda" else replace(p, size=replace(size, steps=CASES[name].steps))
     times = seconds(found, size.steps, args.repeats, args.device)
     medians = {k: [statistics.median(part) for part in zip(*t)] for k, t in times.items()}
     rows = []
     for k, t in times.items():
         (wall, cpu), (loops_wall, loops_cpu) = medians[k], medians[LOOP]
         row = {"way": k, "median_s": wall, "cpu_s": cpu, "time_ratio": wall / loops_wall, "cpu_ratio": cpu / loops_cpu}
-        row |= {"seconds": t, "tensor_bytes": tensors(p, k, args.device)}
+        row |= {"seconds": t, "tensor_bytes": tensors(whole, k, args.device)}
         rows.append(row | {"resident_bytes": memory(name, k, args) if args.resident else None})
         if args.quick and args.device == "cpu" and "compiled" not in k:
             assert row["tensor_bytes"] == peak(found[k], size.steps, "cpu"), "tensors without memory are counted otherwise"
@@ -137,7 +140,13 @@ def case(name: str, size: Size, args: argparse.Namespace) -> dict[str, Any]:
         for key in ("tensor", "resident"):
             given, loops = row[f"{key}_bytes"], base[f"{key}_bytes"]
             row[f"{key}_ratio"] = given / loops if given and loops else None
-    return {"size": vars(size), "repeats": args.repeats, "machine": machine(args.device), "rows": rows}
+    return {
+        "size": vars(size),
+        "counted_steps": whole.size.steps,
+        "repeats": args.repeats,
+        "machine": machine(args.device),
+        "rows": rows,
+    }
 
 
 def show(name: str, found: dict[str, Any]) -> None:
@@ -146,7 +155,8 @@ def show(name: str, found: dict[str, Any]) -> None:
         found["size"],
         ("median s", "of loop", "CPU s", "of loop", "tensors MB", "of loop", "resident MB", "of loop"),
     )
-    print(f"\n{name}: {size['ipc']} images a class, {size['steps']} steps, segments: {size['segments']}, width {size['width']}")
+    steps = f"{size['steps']} steps timed, tensors of {found['counted_steps']}"
+    print(f"\n{name}: {size['ipc']} images a class, {steps}, segments: {size['segments']}, width {size['width']}")
     print(f"  {'way':<44}" + "".join(f"{c:>12}" for c in columns))
     met = []
     for r in found["rows"]:
@@ -166,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; none: ipc10")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--width", type=int, default=128, help="of the ConvNet")
-    parser.add_argument("--steps", type=int, default=0, help="inner steps; 0: the case's own")
+    parser.add_argument("--steps", type=int, default=0, help="inner steps that are timed; 0: all of the case's")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each way")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--plain", action="store_true", help="leave out what is compiled")
