@@ -211,7 +211,9 @@ class Trainer:
         values = {"meta_loss": state.loss, "grad_norm": state.grad_norm, "meta_rate": self.config.meta.lr * state.factor()}
         values |= {"skipped": float(state.skipped), "rollbacks": float(state.rollbacks)}
         rates, momenta = synthetic.rates(state.phi), synthetic.momenta(state.phi)
-        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
+        inner = self.config.inner  # what is not learned is the same at every step, and one number says it
+        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist() if inner.learn_lr else rates[:1].tolist())}
+        momenta = None if momenta is None else momenta if inner.learn_momentum else momenta[:1]
         values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist() if momenta is not None else [])}
         each = {k: v / max(self._since, 1) for k, v in self._seconds.items()}
         if self.exchange.computes:
