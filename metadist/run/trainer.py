@@ -210,10 +210,12 @@ class Trainer:
             return
         values = {"meta_loss": state.loss, "grad_norm": state.grad_norm, "meta_rate": self.config.meta.lr * state.factor()}
         values |= {"skipped": float(state.skipped), "rollbacks": float(state.rollbacks)}
-        rates, momenta = synthetic.rates(state.phi)[: synthetic.inner_steps], synthetic.momenta(state.phi)
-        alike = self.config.inner.shared_lr
-        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates[:1].tolist() if alike else rates.tolist())}
-        momenta = rates[:0] if momenta is None else momenta[: synthetic.inner_steps]
+        inner, n = self.config.inner, synthetic.inner_steps
+        rates, momenta = synthetic.rates(state.phi)[:n], synthetic.momenta(state.phi)
+        # What is not learned, or learned as one, is the same at every step: one number says it.
+        rates = rates if inner.learn_lr and not inner.shared_lr else rates[:1]
+        momenta = rates[:0] if momenta is None else momenta[: n if inner.learn_momentum else 1]
+        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
         values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist())}
         each = {k: v / max(self._since, 1) for k, v in self._seconds.items()}
         if self.exchange.computes:
