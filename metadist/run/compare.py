@@ -143,8 +143,10 @@ def folder(place: Path, name: str) -> Path:
 
 def run_all(c: Comparison, place: Path, record: Record) -> bool:
     """Measure, then train all; True if all finished."""
+    for name, words in c.runs.items():  # all before the first run: the machine's load may change while they work
+        record.once(f"{name}: probe", lambda words=words: probe(words))
     for name, words in c.runs.items():
-        seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
+        seconds = record.content[f"{name}: probe"]["step_s"]
         if c.same_steps and name != (first := next(iter(c.runs))):
             steps = record.once(f"{name}: steps", lambda first=first: record.content[f"{first}: steps"])
         else:
