@@ -143,8 +143,10 @@ def folder(place: Path, name: str) -> Path:
 
 def run_all(c: Comparison, place: Path, record: Record) -> bool:
     """Measure, then train all; True if all finished."""
+    for name, words in c.runs.items():  # all before the first run: the machine's load may change while they work
+        record.once(f"{name}: probe", lambda words=words: probe(words))
     for name, words in c.runs.items():
-        seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
+        seconds = record.content[f"{name}: probe"]["step_s"]
         if c.same_steps and name != (first := next(iter(c.runs))):
             steps = record.once(f"{name}: steps", lambda first=first: record.content[f"{first}: steps"])
         else:
@@ -166,29 +168,29 @@ def run_all(c: Comparison, place: Path, record: Record) -> bool:
     return True
 
 
-def curve(run_dir: Path, name: str) -> list[tuple[float, float]]:
-    """(minutes of meta-steps, a logged value) at every step that logged it, by TensorBoard's files of the run."""
+def curve(run_dir: Path, name: str, step_s: float) -> list[tuple[float, float]]:
+    """(minutes of meta-steps, a logged value) at every step that logged it, by TensorBoard's files of the run.
+
+    step_s: seconds of a meta-step as probed: what the machine did besides while the run worked has no part in it.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    spent, before = {0: 0.0}, 0
-    for found in events.Scalars("seconds/step_s"):
-        spent[found.step] = spent[before] + found.value * (found.step - before) / 60
-        before = found.step
-    return [(spent[max(s for s in spent if s <= v.step)], v.value) for v in events.Scalars(f"learning/{name}")]
+    return [(found.step * step_s / 60, found.value) for found in events.Scalars(f"learning/{name}")]
 
 
 def report(c: Comparison, place: Path, record: Record) -> list[dict[str, Any]]:
     """One row a run."""
-    rows = []
+    rows, first = [], next(iter(c.runs))
     for name in c.runs:
-        summary = read_json(folder(place, name) / "summary.json")
-        points = curve(folder(place, name), "valid_accuracy")
+        summary, run_dir = read_json(folder(place, name) / "summary.json"), folder(place, name)
+        pace = record.content[f"{first if c.same_steps else name}: probe"]["step_s"]
+        points = curve(run_dir, "valid_accuracy", pace)
         rows.append({
             "name": name, "steps": summary["steps"], "test": summary["test"], "minutes": summary["minutes"],
             "valid_accuracy": points,
-            "meta_loss": curve(folder(place, name), "meta_loss"),
-            "step_s": record.content[f"{name}: probe"]["step_s"],
+            "meta_loss": curve(run_dir, "meta_loss", pace),
+            "step_s": pace,
             "target_min": next((m for m, accuracy in points if accuracy >= c.target), None),
             "memory": {n: record.content[f"{name}: memory at {n}"] for n in c.memory_steps},
         })  # fmt: skip
