@@ -3,7 +3,7 @@
     python benchmarks/trajectory.py                              # ipc10: 10 images a class, 30 steps, ConvNet-3 of width 128
     python benchmarks/trajectory.py ipc1 ipc1x8 --width 32       # 1 image a class, 50 steps; one segment, and eight
     python benchmarks/trajectory.py --device cuda                # the same on a GPU, CUDA graphs included
-    python benchmarks/trajectory.py --quick --out /tmp/x.json    # does it run? Figures mean nothing
+    python benchmarks/trajectory.py --quick --out x.json    # does it run? Figures mean nothing
 
 Design choices
 - The loop is written as plainly as it is written elsewhere and no slower: ``torch.func.functional_call`` on the module, one
