@@ -57,6 +57,7 @@ def test_three_gradients_make_a_table_a_picture_and_a_record_and_are_not_repeate
 WRONG = {
     "steps=3": "usage: python launch/compare.py preset=<gtn_curricula|gtn_three_gradients",
     "preset=gtn_curricula steps=3": "steps is set by the comparison",
+    "preset=mtt_kd seed=3": "seed is set by the comparison: it runs with seeds 0, 1, 2; leave it out",
     "preset=gtn_curricula smoke=yes": "smoke=yes is unknown",
     "preset=gtn_curricula budget_min=nan": "budget_min=nan is no number of minutes",
     "preset=gtn_two": "preset=gtn_two is unknown (did you mean gtn_",
@@ -96,3 +97,23 @@ def test_runs_of_one_cost_get_the_steps_of_the_first(tmp_path: Path, monkeypatch
         two = dataclasses.replace(found, runs=dict(list(found.runs.items())[:2]), memory_steps=())
         assert compare.run_all(two, tmp_path / name, compare.Record(tmp_path / name / "comparison.json"))
         assert lengths[-2:] == ["steps=300", longer]
+
+
+def test_seeds_repeat_a_run_at_the_steps_of_its_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, commands = iter((1.0, 2.0)), []
+    monkeypatch.setattr(compare, "probe", lambda words: {"step_s": next(seconds), "bytes": 0})
+    monkeypatch.setattr(compare, "run_child", lambda job, forward: commands.append(job.words) or 0)
+    found, _, _ = compare.read(["preset=mtt_kd", "budget_min=10"])
+    names = list(found.runs)
+    assert names == [f"{method}, seed {seed}" for method in ("mtt", "mtt_kd") for seed in (0, 1, 2)]
+    assert compare.run_all(found, tmp_path, compare.Record(tmp_path / "comparison.json"))
+    for seed, words in zip((0, 1, 2, 0, 1, 2), commands, strict=True):
+        assert f"seed={seed}" in words
+    assert [words[-2] for words in commands] == ["steps=600"] * 3 + ["steps=300"] * 3
+    assert len({words[-1] for words in commands}) == 6 and compare.folder(tmp_path, names[0]).name == "mtt-seed-0"
+
+
+def test_over_seeds_a_run_has_a_mean_and_a_deviation() -> None:
+    values = {"mtt, seed 0": 0.30, "mtt, seed 1": 0.32, "mtt, seed 2": 0.34, "alone": 0.5}
+    rows = [{"name": name, "test": {"mean": value}} for name, value in values.items()]
+    assert compare.over_seeds(rows) == ["mtt: 32.00 +- 2.00 over 3 seeds"]

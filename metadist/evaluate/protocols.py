@@ -32,6 +32,7 @@ from metadist.synthetic.distilled import DistilledSet
 
 SPLITS = ("test", "valid")
 CURVE_IMAGES = 2500  # of the judging split that a curve is drawn from
+CHOICE_IMAGES = 2500  # of the validation split, at most, that a rate is chosen on: networks differ by more than images do
 DRAWS = 20  # networks of ordinary training, and where there is one start only, but images or shuffling differ
 # (weights [g, P], numbers int64 [g] of the networks, rate) -> (trained weights [g, P], what they were trained on, in batches)
 Train = Callable[[Tensor, Tensor, Rate], tuple[Tensor, Tensor]]
@@ -176,8 +177,9 @@ class Evaluation:
     def _measure(self, train: Train, rates: Sequence[Rate], theta0: Tensor) -> Result:
         tried: dict[Rate, float] = {}
         if len(rates) > 1:
+            some = self.data.valid.thinned(CHOICE_IMAGES)
             for rate in rates:
-                tried[rate] = float(self._score(train, rate, theta0[: self.trials], self.data.valid).mean())
+                tried[rate] = float(self._score(train, rate, theta0[: self.trials], some).mean())
         best = max(tried, key=lambda r: tried[r]) if tried else rates[0]
         return Result(self._score(train, best, theta0, self.judge), best, tried)
 

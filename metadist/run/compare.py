@@ -4,8 +4,9 @@
     python launch/compare.py preset=gtn_three_gradients smoke=true
 
 A comparison is a file of configs/compare/: named runs, what they have in common, minutes of meta-steps for each, an accuracy
-whose time is taken, inner steps at which the memory of one task is measured. It prints a table and writes comparison.json and
-comparison.png beside the run folders. The same command resumes it: finished runs and measurements are not repeated.
+whose time is taken, inner steps at which the memory of one task is measured, seeds with which each run is repeated. It prints a
+table and writes comparison.json and comparison.png beside the run folders. The same command resumes it: finished runs and
+measurements are not repeated.
 
 keys: preset (required), out (default runs/<preset>), budget_min, smoke, json=true; any other key goes to every run.
 
@@ -22,7 +23,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from metadist.errors import RunError, UserError, unknown
+from metadist.evaluate.statistics import Summary
 from metadist.run.compose import compose
 from metadist.run.listing import read_json
 from metadist.run.overrides import config_dir
@@ -44,7 +46,8 @@ _OWN = ("preset", "out", "budget_min", "smoke", "json")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a file of configs/compare/ says, the user's words included. runs: name -> words of its command."""
+    """What a file of configs/compare/ says, the user's words included. runs: name -> words of its command; with seeds, one for
+    each of them (``seeded``)."""
 
     name: str
     title: str
@@ -76,7 +79,11 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
     smoke, as_json = _truth("smoke", own), _truth("json", own)
     words = tuple(word for word in argv if word.partition("=")[0] not in _OWN)
     more = (*found["common"], *(found["smoke"] if smoke else ()), *words)
-    runs = {name: _last(*mine, *more) for name, mine in found["runs"].items()}
+    if "seeds" in found and any(word.startswith("seed=") for word in words):
+        raise UserError(
+            f"seed is set by the comparison: it runs with seeds {', '.join(map(str, found['seeds']))}; leave it out"
+        )
+    runs = seeded({name: _last(*mine, *more) for name, mine in found["runs"].items()}, found.get("seeds", ()))
     for name, mine in runs.items():
         try:
             compose(mine)
@@ -93,6 +100,18 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
     same = bool(found.get("same_steps", False))
     made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke, same)
     return made, place, as_json
+
+
+def seeded(runs: Mapping[str, tuple[str, ...]], seeds: Sequence[int]) -> dict[str, tuple[str, ...]]:
+    """Each run once for each seed, named "<run>, seed <seed>"; without seeds as they are."""
+    if not seeds:
+        return dict(runs)
+    return {f"{name}, seed {seed}": _last(*words, f"seed={seed}") for name, words in runs.items() for seed in seeds}
+
+
+def family(name: str) -> str:
+    """The run that a seeded one repeats."""
+    return name.partition(", seed ")[0]
 
 
 def _truth(key: str, own: dict[str, str]) -> bool:
@@ -138,20 +157,21 @@ class Record:
 
 def folder(place: Path, name: str) -> Path:
     """The run folder of one of the runs."""
-    return place / name.replace(" ", "-")
+    return place / name.replace(", ", "-").replace(" ", "-")
 
 
 def run_all(c: Comparison, place: Path, record: Record) -> bool:
     """Measure, then train all; True if all finished."""
+    first = family(next(iter(c.runs)))
     for name, words in c.runs.items():  # all before the first run: the machine's load may change while they work
-        record.once(f"{name}: probe", lambda words=words: probe(words))
+        record.once(f"{family(name)}: probe", lambda words=words: probe(words))
     for name, words in c.runs.items():
-        seconds = record.content[f"{name}: probe"]["step_s"]
-        if c.same_steps and name != (first := next(iter(c.runs))):
-            steps = record.once(f"{name}: steps", lambda first=first: record.content[f"{first}: steps"])
+        seconds = record.content[f"{family(name)}: probe"]["step_s"]
+        if c.same_steps and family(name) != first:
+            steps = record.once(f"{family(name)}: steps", lambda: record.content[f"{first}: steps"])
         else:
             affordable = max(10, int(60 * c.budget_min / seconds))
-            steps = record.once(f"{name}: steps", lambda n=affordable: SMOKE_STEPS if c.smoke else n)
+            steps = record.once(f"{family(name)}: steps", lambda n=affordable: SMOKE_STEPS if c.smoke else n)
         run_dir = str(folder(place, name))
         print(f"{name}: {steps} meta-steps of {seconds:.3g} s -> {run_dir}", flush=True)
         with Forward().installed() as forward:  # around a run alone: it ends by itself, a probe is ended by us
@@ -164,7 +184,7 @@ def run_all(c: Comparison, place: Path, record: Record) -> bool:
         lengths = [key for key in ("inner.steps", "implicit.steps") if key not in ignored]
         for n in c.memory_steps:
             sized = _last(*words, *(f"{key}={n}" for key in lengths))
-            record.once(f"{name}: memory at {n}", lambda w=sized: probe(w)["bytes"])
+            record.once(f"{family(name)}: memory at {n}", lambda w=sized: probe(w)["bytes"])
     return True
 
 
@@ -181,10 +201,10 @@ def curve(run_dir: Path, name: str, step_s: float) -> list[tuple[float, float]]:
 
 def report(c: Comparison, place: Path, record: Record) -> list[dict[str, Any]]:
     """One row a run."""
-    rows, first = [], next(iter(c.runs))
+    rows, first = [], family(next(iter(c.runs)))
     for name in c.runs:
         summary, run_dir = read_json(folder(place, name) / "summary.json"), folder(place, name)
-        pace = record.content[f"{first if c.same_steps else name}: probe"]["step_s"]
+        pace = record.content[f"{first if c.same_steps else family(name)}: probe"]["step_s"]
         points = curve(run_dir, "valid_accuracy", pace)
         rows.append({
             "name": name, "steps": summary["steps"], "test": summary["test"], "minutes": summary["minutes"],
@@ -192,14 +212,14 @@ def report(c: Comparison, place: Path, record: Record) -> list[dict[str, Any]]:
             "meta_loss": curve(run_dir, "meta_loss", pace),
             "step_s": pace,
             "target_min": next((m for m, accuracy in points if accuracy >= c.target), None),
-            "memory": {n: record.content[f"{name}: memory at {n}"] for n in c.memory_steps},
+            "memory": {n: record.content[f"{family(name)}: memory at {n}"] for n in c.memory_steps},
         })  # fmt: skip
     return rows
 
 
 def text(c: Comparison, rows: Sequence[dict[str, Any]]) -> str:
     """The table for people."""
-    header = ("gradient", "accuracy % (sd, n)", "95 %", "s a meta-step", "meta-steps", f"min to {c.target:g} %",
+    header = ("run", "accuracy % (sd, n)", "95 %", "s a meta-step", "meta-steps", f"min to {c.target:g} %",
               *(f"MB at {n}" for n in c.memory_steps))  # fmt: skip
     cells = []
     for row in rows:
@@ -210,7 +230,18 @@ def text(c: Comparison, rows: Sequence[dict[str, Any]]) -> str:
             f"{row['step_s']:.3g}", str(row["steps"]), "-" if row["target_min"] is None else f"{row['target_min']:.1f}",
             *(f"{v / 1e6:.1f}" for v in row["memory"].values()),
         ))  # fmt: skip
-    return f"{c.title}, {c.budget_min:g} minutes of meta-steps each\n{table(header, cells)}"
+    means = "".join(f"\n{line}" for line in over_seeds(rows))
+    return f"{c.title}, {c.budget_min:g} minutes of meta-steps each\n{table(header, cells)}{means}"
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each run that was repeated: its mean and standard deviation over the seeds."""
+    means: dict[str, list[float]] = {}
+    for row in rows:
+        if row["name"] != family(row["name"]):
+            means.setdefault(family(row["name"]), []).append(row["test"]["mean"])
+    found = {name: Summary.of(values) for name, values in means.items()}
+    return [f"{name}: {100 * s.mean:.2f} +- {100 * s.sd:.2f} over {s.n} seeds" for name, s in found.items()]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from metadist.run.compare import family
+
 COLOURS = ("#c8452d", "#4c86b8", "#5a9e57", "#8d6cab", "#c79a2b", "#444444")
-
-
 WORDS = {"valid_accuracy": "validation accuracy of fresh learners, %", "meta_loss": "meta-loss on real data"}
 
 
@@ -22,7 +22,7 @@ def draw(title: str, target: float, curve: str, rows: Sequence[dict[str, Any]]) 
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13)
     panels = list(figure.subplots(1, 2)) if measured else [figure.subplots()]
-    for row, colour in zip(rows, COLOURS, strict=False):
+    for row, colour in zip(rows, _colours(rows), strict=True):
         minutes, values = zip(*row[curve], strict=True) if row[curve] else ((), ())
         label = f"{row['name']}: {100 * row['test']['mean']:.1f} % at the end (test)"
         panels[0].plot(minutes, values, color=colour, marker="o", markersize=3, linewidth=1, label=label)
@@ -40,10 +40,17 @@ def draw(title: str, target: float, curve: str, rows: Sequence[dict[str, Any]]) 
     return data.getvalue()
 
 
+def _colours(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A colour for each row: the seeds of one run share it."""
+    families = list(dict.fromkeys(family(row["name"]) for row in rows))
+    return [COLOURS[families.index(family(row["name"])) % len(COLOURS)] for row in rows]
+
+
 def _memory(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    for row, colour in zip(rows, COLOURS, strict=False):
+    first = {family(row["name"]): (row, colour) for row, colour in reversed(list(zip(rows, _colours(rows), strict=True)))}
+    for name, (row, colour) in reversed(first.items()):
         steps, used = zip(*((int(n), v / 1e6) for n, v in row["memory"].items()), strict=True)
-        axes.plot(steps, used, color=colour, marker="o", markersize=4, label=row["name"])
+        axes.plot(steps, used, color=colour, marker="o", markersize=4, label=name)
     axes.set(xlabel="inner steps", ylabel="live tensors of one task's meta-gradient, MB", xscale="log", yscale="log")
     axes.set_xticks(steps, [str(n) for n in steps], minor=False)
     axes.minorticks_off()

@@ -237,7 +237,7 @@ def _find(given: str) -> Path:
     if given in shipped():
         return SETS / f"{given}.safetensors"
     if path.is_dir():
-        raise UserError(f"{given} holds no {FILE}: its run has not got to its first evaluation, or it is no run folder")
+        raise UserError(f"{given} holds no {FILE}, which a run writes at its end: let it end, or give another run")
     raise UserError(f"{unknown('distilled set', given, shipped())}; or give a file or a run folder")
 
 
