@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metadist.errors import RunError, UserError
@@ -223,12 +223,28 @@ class ExpertStore:
             now = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
             if self._proven.get(expert, (None,))[0] != now:
                 self._check(expert)
-                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                with path.open("rb") as plain, mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     prove(data, path)
-                self._proven[expert] = now, safe_open(str(path), framework="pt")
+                file = safe_open(str(path), framework="pt")
+                self._shapes(file, path)
+                self._proven[expert] = now, file
+        except SafetensorError as e:
+            raise Torn(path, "its header is not one of metadist's") from e
         except OSError as e:
             raise RunError(f"cannot read {path}: {e.strerror or e}") from e
         return self._proven[expert][1]
+
+    def _shapes(self, file: Any, path: Path) -> None:
+        """Raise Torn unless the file's tensors are those of ``Trajectory.tensors``."""
+        wanted = {
+            "first": ([self.size], "F32"),
+            "codes": ([self.epochs, self.size], "F16"),
+            "exponents": ([self.epochs], "I16"),
+        }
+        for name, (shape, dtype) in wanted.items():
+            part = file.get_slice(name)
+            if (list(part.get_shape()), part.get_dtype()) != (shape, dtype):
+                raise Torn(path, f"its {name} are {part.get_dtype()} {list(part.get_shape())}, not {dtype} {shape}")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -237,10 +253,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"there are no experts in {folder} (no manifest.json); make them with launch/experts.py") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise Torn(path, f"it can't be read ({type(e).__name__})") from None
-    if not isinstance(found, dict) or found.get("key") != key_of(found.get("recipe", {})) or "parameters" not in found:
+    if not isinstance(found, dict) or found.get("key") != key_of(found.get("recipe", {})):
         raise Torn(path, "its key does not fit its recipe (altered, or of another version of metadist)")
+    try:
+        if int(found["recipe"]["experts"]["epochs"]) < 1 or _size(found) < 1:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Torn(path, "its epochs or parameters are none (altered, or of another version of metadist)") from None
     return found
 
 
