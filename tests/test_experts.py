@@ -35,7 +35,8 @@ from metadist.run.experts import command, experts_dir, open_experts, recipe
 from metadist.run.experts_command import main
 from metadist.run.helptext import header
 from metadist.run.overrides import groups
-from metadist.store.experts import ExpertStore, Trajectory, file_name, key_of, prepare, write_expert
+from metadist.store.coding import Trajectory
+from metadist.store.experts import ExpertStore, file_name, key_of, prepare, write_expert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REAL = os.environ.get("METADIST_DATA")

@@ -41,7 +41,7 @@ from metadist.run.helptext import header
 from metadist.run.setup import Setup, build
 from metadist.run.signals import Stop
 from metadist.run.state import MetaState
-from metadist.store.experts import Trajectory as Coded
+from metadist.store.coding import Trajectory as Coded
 from metadist.store.experts import prepare, write_expert
 from metadist.synthetic.images import MIN_RATE, Phi
 
@@ -503,6 +503,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["trajectory.max_start=6"], "max_start=6 names more start epochs than the 5 snapshots of these experts; allowed with"),
     (["trajectory.epochs=5"], "trajectory.epochs=5 is longer than the experts' 4 epochs; allowed: 1 to 4"),
     (["experts.dsa=colour"], "did you mean color?"),
+    (["experts.path=/x"], "experts.epochs is not read by this run: it belongs to experts.path=null"),
     (["net.width=9"], "there are no experts in"),
     (["experts.count=9"], "holds 3 finished experts"),
     (["trajectory.min_start=3"], "min_start=3 is not below trajectory.max_start=3"),

@@ -6,9 +6,7 @@
 Design choices
 - A folder holds one recipe: everything that the weights depend on, in full, in manifest.json; each expert's file names it by
   its SHA-256. A file of another recipe, however it came there, is refused.
-- A file holds snapshot 0 in float32 and a float16 difference for each epoch. A difference is taken from the DECODED snapshot
-  before it, so that what one rounding lost the next difference brings back: errors don't add up. A power of two for each row
-  puts its largest entry just below 2^15; what float16 would then hold as a subnormal is below 2^-29 of that.
+- A file holds snapshot 0 in float32 and a float16 difference for each epoch: metadist.store.coding.
 - Files are mapped into memory; rows are read as they are asked for, by any number of processes at once. Sizes are checked when
   the store is opened; the SHA-256 of a file once a process, before its first row is used, and again if the file has changed.
 - An expert's file appears whole or not at all. Those from number 0 on without a gap are the finished ones.
@@ -30,11 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metadist.errors import RunError, UserError
+from metadist.store.coding import Trajectory
 from metadist.store.files import Torn, prove, read_header, save_tensors, write_first
 
 FORMAT = 1
-_TOP = 15  # the largest entry of a scaled row lies below 2^15; float16 ends just below 2^16
-_LEAST = -100  # of an exponent: 2^100 is a float32, too
 
 
 def key_of(recipe: Mapping[str, Any]) -> str:
@@ -50,54 +47,6 @@ def file_name(expert: int) -> str:
 def listing(folder: Path) -> set[str]:
     """Names in a folder. Network file systems cache that a single name is absent; a listing is fresh."""
     return {path.name for path in folder.iterdir()}
-
-
-class Trajectory:
-    """One expert as it is trained: its snapshots, coded.
-
-    theta0: weights [P] before the first epoch.
-    Attributes: ``decoded`` [P], what the newest snapshot reads as; ``error``, the largest relative error of the difference
-    between two neighbouring snapshots so far.
-    """
-
-    def __init__(self, theta0: Tensor) -> None:
-        """Snapshot 0."""
-        self.first = theta0.detach().to("cpu", torch.float32, copy=True)
-        self.decoded, self.before = self.first.clone(), self.first.clone()
-        self.codes: list[Tensor] = []
-        self.exponents: list[int] = []
-        self.error = 0.0
-
-    def add(self, theta: Tensor) -> None:
-        """The snapshot after one more epoch: weights [P], finite."""
-        theta = theta.detach().to("cpu", torch.float32, copy=True)
-        difference = theta - self.decoded
-        exponent = max(math.frexp(float(difference.abs().max()))[1] - _TOP, _LEAST)
-        code = (difference * 2.0**-exponent).to(torch.float16)
-        earlier = self.decoded.clone()
-        self.decoded.add_(code.float(), alpha=2.0**exponent)
-        moved = theta - self.before
-        lost = (self.decoded - earlier - moved).norm() / moved.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        self.error, self.before = max(self.error, float(lost)), theta
-        self.codes.append(code)
-        self.exponents.append(exponent)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What an expert's file holds: first [P] float32, codes [E, P] float16, exponents [E] int16."""
-        codes = torch.stack(self.codes) if self.codes else torch.zeros(0, len(self.first), dtype=torch.float16)
-        return {"first": self.first, "codes": codes, "exponents": torch.tensor(self.exponents, dtype=torch.int16)}
-
-    def rest(self) -> dict[str, Tensor]:
-        """What a checkpoint needs besides ``tensors``."""
-        return {"decoded": self.decoded, "before": self.before, "error": torch.tensor(self.error, dtype=torch.float64)}
-
-    @classmethod
-    def of(cls, saved: Mapping[str, Tensor]) -> Trajectory:
-        """From ``tensors`` and ``rest``, to go on."""
-        out = cls(saved["first"])
-        out.codes, out.exponents = list(saved["codes"].unbind(0)), saved["exponents"].tolist()
-        out.decoded, out.before, out.error = saved["decoded"], saved["before"], float(saved["error"])
-        return out
 
 
 def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
