@@ -35,7 +35,8 @@ from metadist.run.experts import command, experts_dir, open_experts, recipe
 from metadist.run.experts_command import main
 from metadist.run.helptext import header
 from metadist.run.overrides import groups
-from metadist.store.experts import ExpertStore, Trajectory, file_name, key_of, prepare, write_expert
+from metadist.store.coding import Trajectory
+from metadist.store.experts import ExpertStore, file_name, key_of, prepare, write_expert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REAL = os.environ.get("METADIST_DATA")
@@ -192,6 +193,45 @@ def test_foreign_files_are_named(folder: Path, tmp_path: Path) -> None:
     refused(folder, "not written by metadist")
 
 
+@pytest.mark.parametrize("about", [[], "text", {"expert": 1}, 7])
+def test_a_header_that_lies_is_named(folder: Path, about: object) -> None:
+    """Whatever stands in it: one line, no traceback."""
+    path = folder / file_name(1)
+    for offsets in ([], [0, "many"], [0, float("inf")], None, [0, 10**30]):
+        entry = {"dtype": "F32", "shape": [1], "data_offsets": offsets}
+        told = json.dumps({"__metadata__": {"metadist": json.dumps({"content": about})}, "first": entry}).encode()
+        path.write_bytes(len(told).to_bytes(8, "little") + told)
+        assert str(path) in refused(folder, "cannot be trusted")
+    for length in (2**63, 2**64 - 1, 60000):  # longer than the file; a tower of brackets
+        path.write_bytes(length.to_bytes(8, "little") + b"[" * 60000)
+        assert str(path) in refused(folder, "cannot be trusted")
+
+
+def test_a_proven_file_of_other_tensors_is_named(folder: Path) -> None:
+    key = str(json.loads((folder / "manifest.json").read_text())["key"])
+    about, plain = {"expert": 1, "epochs": 3, "size": 200, "key": key}, coded(walk(3, 200)).tensors()
+    path = folder / file_name(1)
+    for changed, what in (
+        ({"codes": plain["codes"].float()}, r"its codes are F32 \[3, 200\], not F16 \[3, 200\]"),
+        ({"first": plain["first"][:9]}, r"its first are F32 \[9\], not F32 \[200\]"),
+    ):
+        store.save_tensors(path, plain | changed, about)
+        assert str(path) in refused(folder, what)
+    store.save_tensors(path, {"first": plain["first"]}, about)
+    assert str(path) in refused(folder, "its header is not one of metadist's")
+
+
+@pytest.mark.parametrize("made", [{"experts": {}}, {"experts": 3}, {"experts": {"epochs": "x"}}, {"experts": {"epochs": 0}}])
+def test_a_manifest_that_lies_is_named(folder: Path, made: dict[str, object]) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({"key": key_of(made), "recipe": made, "parameters": {"weight": [200]}}))
+    assert str(path) in refused(folder, "epochs or parameters are none")
+    good = {"experts": {"epochs": 3}}
+    for parameters in ([], {"weight": 3}, {"weight": ["a", "b"]}, {}):
+        path.write_text(json.dumps({"key": key_of(good), "recipe": good, "parameters": parameters}))
+        assert str(path) in refused(folder, "epochs or parameters are none")
+
+
 def test_another_recipe_is_refused_with_the_difference(folder: Path) -> None:
     text = refused(folder, "made otherwise", UserError, {"experts": {"epochs": 4}, "net": {"name": "mlp"}})
     assert "(experts.epochs: 3 -> 4, net.name: None -> mlp; recorded -> given)" in text
@@ -311,6 +351,15 @@ def test_more_experts_are_added_to_those_that_are_there(tmp_path: Path, capsys: 
     began = time.monotonic()
     assert main([*TINY, f"cache_dir={tmp_path}", "epochs=2", "experts.group=3", "experts=7"]) == 0  # all there: only said again
     assert time.monotonic() - began < 5 and capsys.readouterr().out.startswith("7 experts x 2 epochs: ")
+
+
+def test_what_a_kill_left_of_finished_experts_is_cleared(tmp_path: Path) -> None:
+    words = [*TINY, "epochs=1", "experts.group=1", f"experts.path={tmp_path}"]
+    for name in ("00000-00000", "00001-00001", "00000-00003", "mine"):
+        (tmp_path / "partial" / name).mkdir(parents=True)
+    assert main([*words, "experts=1"]) == 0
+    # Those of experts that are not there yet stay: somebody may be at work on them.
+    assert {p.name for p in (tmp_path / "partial").iterdir()} == {"00001-00001", "00000-00003", "mine"}
 
 
 def test_augmentation_is_drawn_for_each_network_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +504,7 @@ def test_two_workers_make_the_same_files_though_one_is_killed(
         (["experts.dsa=color_blur"], "augmentation=blur is unknown"),
         (["experts.dsa=flip"], "experts.dsa=flip mirrors images, and a mirrored digit of digits is no digit"),
         (["experts.lrr=1"], "experts.lrr=1: there is no key 'experts.lrr'; nearest: experts.lr"),
+        (["experts.path="], "experts.path= names no folder; give one, or leave it out"),
         (["experts.path=/dev/null"], "the experts' folder /dev/null can't be made"),
         (["data=folder", "data.path=/nowhere"], "data.path=/nowhere is no folder"),
         (["--faster"], "flag=--faster is unknown"),
@@ -467,6 +517,7 @@ def test_a_mistake_is_one_line(words: list[str], line: str, tmp_path: Path, caps
     said = capsys.readouterr()
     assert said.err.startswith(f"error: {line}") and said.err.count("\n") == 1, said.err
     assert not list(tmp_path.rglob("expert-*"))
+    assert not said.out or "net=lenet" in words  # before any work; what a net takes is known with the data
 
 
 def test_a_folder_of_other_experts_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,9 +136,9 @@ def test_accuracy_does_not_depend_on_the_chunk(digits: Data) -> None:
 def test_published_numbers(digits: Data) -> None:
     dset = make_set(digits)
     expected = {
-        ("dc", "cifar10"): (20, 300, ("none",), "half", (0.01,), ()),
-        ("dc", "mnist"): (20, 1000, ("dsa:crop_scale_rotate",), "half", (0.01,), ()),
-        ("dsa", "cifar10"): (20, 1000, ("dsa",), "half", (0.01,), ()),
+        ("dc", "cifar10"): (20, 300, ("none",), "half_anew", (0.01,), ()),
+        ("dc", "mnist"): (20, 1000, ("dsa:crop_scale_rotate",), "half_anew", (0.01,), ()),
+        ("dsa", "cifar10"): (20, 1000, ("dsa",), "half_anew", (0.01,), ()),
         ("mtt", "cifar10"): (5, 1000, ("dsa",), "half_anew", (0.03,), (0.03, 0.01)),
     }
     for (name, data), numbers in expected.items():

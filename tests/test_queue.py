@@ -144,7 +144,13 @@ def test_without_locks_a_claim_is_a_file(no_locks: None, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     "owner, age, free",
-    [("dead here", 0, True), ("alive here", 1e6, False), ("elsewhere 1", 10, False), ("elsewhere 1", 100, True)],
+    [
+        ("dead here", 0, True),
+        ("alive here", 100, False),
+        ("alive here", 1e6, True),
+        ("elsewhere 1", 10, False),
+        ("elsewhere 1", 100, True),
+    ],
 )
 def test_without_locks_the_dead_lose_their_claims(no_locks: None, tmp_path: Path, owner: str, age: float, free: bool) -> None:
     gone = subprocess.Popen(["true"])

@@ -8,7 +8,9 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from metadist import nets, store
 from metadist.config import Config, DataConfig, InnerConfig, LabelsConfig, MethodConfig, NetConfig
 from metadist.config_trajectory import KdConfig, TrajectoryConfig
 from metadist.data import dsa
-from metadist.errors import UserError
+from metadist.errors import RunError, UserError
 from metadist.evaluate import teachers
 from metadist.exchange.allreduce import Alone
 from metadist.identity import identity_hash
@@ -39,7 +41,7 @@ from metadist.run.helptext import header
 from metadist.run.setup import Setup, build
 from metadist.run.signals import Stop
 from metadist.run.state import MetaState
-from metadist.store.experts import Trajectory as Coded
+from metadist.store.coding import Trajectory as Coded
 from metadist.store.experts import prepare, write_expert
 from metadist.synthetic.images import MIN_RATE, Phi
 
@@ -499,6 +501,9 @@ def test_a_whole_run_and_what_comes_of_it(cache: str, tmp_path: Path, capsys: py
 WRONG: list[tuple[list[str], str]] = [
     (["trajectory.max_start=4"], "max_start=4 asks for snapshot 5 of experts that end at 4; allowed with trajectory.epochs=2"),
     (["trajectory.max_start=6"], "max_start=6 names more start epochs than the 5 snapshots of these experts; allowed with"),
+    (["trajectory.epochs=5"], "trajectory.epochs=5 is longer than the experts' 4 epochs; allowed: 1 to 4"),
+    (["experts.dsa=colour"], "did you mean color?"),
+    (["experts.path=/x"], "experts.epochs is not read by this run: it belongs to experts.path=null"),
     (["net.width=9"], "there are no experts in"),
     (["experts.count=9"], "holds 3 finished experts"),
     (["trajectory.min_start=3"], "min_start=3 is not below trajectory.max_start=3"),
@@ -528,6 +533,19 @@ def test_a_mistake_is_one_line(words: list[str], said: str, cache: str, tmp_path
     assert main([*plain, *own, *(w for w in words if w not in own), cache, f"run_dir={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+
+
+def test_a_resumed_run_goes_on_with_the_experts_it_began_with(tmp_path: Path) -> None:
+    """experts.path names a folder, not a recipe: another's experts may have come to lie there."""
+    folder = RunFolder.open(compose([f"run_dir={tmp_path / 'run'}"]))
+    for key, said in (
+        ("a" * 64, ""),
+        ("a" * 64, ""),
+        ("b" * 64, "not those this run began with .recipe bbbb.*restore experts.path"),
+    ):
+        setup: Any = SimpleNamespace(starts=SimpleNamespace(experts=SimpleNamespace(key=key)))
+        with pytest.raises(RunError, match=said) if said else nullcontext():
+            trainer.check_pool(setup, folder)
 
 
 @pytest.mark.parametrize(

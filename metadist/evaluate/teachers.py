@@ -61,8 +61,9 @@ def _read(path: Path, learner: Learner, data: Data, net: str) -> dict[str, Tenso
         tensors, head = store.load_tensors(path)
     except store.Torn as error:
         raise UserError(f"teacher.path={path} can't be read: {error}") from error
-    made_for = head.get("recipe", {}).get("classes")
-    if made_for is not None and made_for != list(data.classes):
+    told = head.get("recipe")
+    made_for = told.get("classes") if isinstance(told, dict) else None
+    if isinstance(made_for, list) and made_for != list(data.classes):
         names = [", ".join(map(str, c if len(c) < 5 else (*c[:4], "..."))) for c in (made_for, data.classes)]
         raise UserError(f"teacher.path={path} is a teacher for {len(made_for)} classes ({names[0]}), this data has "
                         f"{len(data.classes)} ({names[1]}); give a teacher for these, or leave it out")  # fmt: skip

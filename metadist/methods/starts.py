@@ -127,6 +127,9 @@ class Expert(Random):
         if experts.size != learner.size:
             raise UserError(f"the experts have {experts.size} weights, this run's net {learner.size}; take experts of the same "
                             "net, channels, size and classes")  # fmt: skip
+        if config.epochs > experts.epochs:
+            raise UserError(f"trajectory.epochs={config.epochs} is longer than the experts' {experts.epochs} epochs; allowed: "
+                            f"1 to {experts.epochs}")  # fmt: skip
         if config.max_start > experts.epochs + 1:
             raise UserError(f"{given} names more start epochs than the {experts.epochs + 1} snapshots of these experts; {most}")
         if last > experts.epochs:

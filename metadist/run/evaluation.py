@@ -16,9 +16,10 @@ keys (value: meaning)
   nets           200: networks by recorded steps; ordinary training and transfer take at most 20, the full data set 5
   protocol       recorded,standard: the recorded ordered steps, ordinary shuffled training; or for standard a published one:
                  dc    20 nets, 300 epochs (mnist: 1,000, augment=dsa:crop_scale_rotate), lr 0.01 divided by 10 at half,
-                       momentum 0.9, weight_decay 0.0005, batch 256, augment=none, baselines=random
+                       momentum 0.9, weight_decay 0.0005, batch 256, augment=none, baselines=random,
+                       schedule=half_anew
                  dsa   the same, 1,000 epochs, augment=dsa
-                 mtt   as dsa, 5 nets at the learned rate (its mean), schedule=half_anew; real images at it or 0.01
+                 mtt   as dsa, 5 nets at the learned rate (its mean); real images at it or 0.01
                  each number may be given anew; the published figures are the best over evaluations, here the test judges once
   epochs, optimizer, momentum, weight_decay, batch    of ordinary training: 100, momentum (sgd | momentum | adam), 0.9, 0, 256
   lr             null: of ordinary training, chosen from a grid on validation; one rate, or several to choose from

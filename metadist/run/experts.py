@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ def outcome(config: Config, folder: Path) -> str:
 
     store = ExpertStore(folder)
     store.require(config.experts.count)
+    _tidy(folder, store.count)
     found = [store.figures(i) for i in range(config.experts.count)]
     own, decoded = (Summary.of([f[k] for f in found]) for k in ("valid_accuracy", "valid_accuracy_decoded"))
     lost = max(f["difference_error"] for f in found)
@@ -159,6 +161,14 @@ def outcome(config: Config, folder: Path) -> str:
               "difference_error": lost, "bytes": size, "text": text}  # fmt: skip
     atomic_write(folder / "summary.json", (json.dumps(record, indent=1) + "\n").encode())
     return text
+
+
+def _tidy(folder: Path, count: int) -> None:
+    """Remove checkpoints of experts that are all there: of who was killed between an expert's file and this."""
+    for place in (folder / "partial").glob("[0-9]*-[0-9]*"):
+        first, _, last = place.name.partition("-")
+        if first.isdigit() and last.isdigit() and int(last) < count:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def time_left(config: Config, folder: Path, workers: int) -> Callable[[float, int], str]:

@@ -9,9 +9,6 @@ import torch
 from metadist import data as data_room
 from metadist import nets
 from metadist.config import Config
-from metadist.data import dsa
-from metadist.data.sources import DIGIT_SETS
-from metadist.errors import UserError
 from metadist.metagrad.execution import compiler_at_hand
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.optimizers import Optimizer
@@ -24,17 +21,8 @@ from metadist.run.trajectories import Job
 from metadist.store import clean, experts
 
 
-def check(config: Config) -> None:
-    """Raise UserError for an augmentation that doesn't exist, or that mirrors digits."""
-    strategy = config.experts.dsa
-    if strategy != "none" and "flip" in dsa.operations(strategy) and config.data.name in DIGIT_SETS:
-        raise UserError(f"experts.dsa={strategy} mirrors images, and a mirrored digit of {config.data.name} is no digit; give "
-                        f"{dsa.MIRROR_FREE}")  # fmt: skip
-
-
 def prepare(config: Config, folder: Path) -> Job:
     """Load the data, build the net, make the store's folder or check that it is this recipe's. Raises UserError."""
-    check(config)
     device, dtype, c = device_of(config), DTYPES[config.engine.dtype], config.experts
     torch.set_num_threads(config.threads or max(1, cores() // config.workers))
     data = data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 
 from metadist.errors import UserError
+from metadist.evaluate.protocols import CURVE_IMAGES
 from metadist.exchange import Exchange
 from metadist.exchange.allreduce import share
 from metadist.exchange.server import batch_of
 from metadist.metagrad.execution import compiler_at_hand
 from metadist.metagrad.memory import LiveBytes, group_size
-from metadist.run import judge
+from metadist.run import forecast
 from metadist.run.compute import Compute
 from metadist.run.cost import disk_mb, estimate, megabytes, peak_memory_mb
 from metadist.run.folder import RunFolder
@@ -112,6 +113,15 @@ def serving(setup: Setup, state: MetaState, item: int, folder: RunFolder) -> str
     )
 
 
+def _evaluation(setup: Setup, state: MetaState, world: int) -> float:
+    """Seconds of all validations, the final judgement and the report."""
+    config, valid, test = setup.config, len(setup.data.valid.y), setup.data.test
+    pace = forecast.pace(setup, state.kept, world)
+    ours = forecast.left(config, state.step, valid, len(test.y))
+    alone = forecast.report(config, valid, len(test.y), len(test.thinned(CURVE_IMAGES).y))
+    return ours.seconds(pace) / world + alone.seconds(pace)
+
+
 def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor) -> None:
     """Say what the run will cost, measured by a trial step; all workers take part, so that they contend as they will."""
     config = setup.config
@@ -119,15 +129,8 @@ def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder
         return
     seconds = _trial(setup, compute, len(share(config.tasks, exchange.rank, exchange.world)))
     compute.spent()
-    nets = min(config.eval.nets, 2 * exchange.world)
-    began = time.perf_counter()
-    judge.outcomes(setup, state.kept, "validation", nets, exchange)
-    network = (time.perf_counter() - began) / nets
     left = config.steps - state.step
-    fixed = config.method.init == "fixed"
-    tests = (1 if fixed else config.eval.final_nets) + judge.REPORT_PASSES
-    validations = left // config.eval.every * (1 if fixed else config.eval.nets)
-    evaluation = network * (validations + tests * len(setup.data.test.y) / len(setup.data.valid.y))
+    evaluation = _evaluation(setup, state, exchange.world)
     checkpoint = sum(t.numel() * t.element_size() for t in state.tensors().values()) * 2 / 1e6
     images = sum(p.numel() for p in state.phi.values()) * 4 / 1e6
     scalars = left // config.run.log_every * (12 + 2 * setup.synthetic.inner_steps)

@@ -10,7 +10,8 @@ Design choices
 - So a queue is resumed by starting workers again, enlarged by naming more tasks, and shrunk by ending a worker at any moment.
   ``work`` should make the same result whoever does it, and keep what it needs to go on where it was ended.
 - Where the file system has no locks, a file made with O_EXCL stands for one. Its owner touches it every few seconds; one that
-  went untouched for a minute, or whose owner on this machine is dead, is taken over.
+  went untouched for a minute, or whose owner on this machine is dead, is taken over (after ten minutes if another process
+  there has the owner's number by now).
 - Workers are ended by a signal in good order (``stop``). A worker that was killed is no fault of the queue: the others go on. A
   worker that failed would fail again: the others are told to stop.
 """
@@ -36,7 +37,7 @@ from metadist.run.sweep import end_with_parent
 from metadist.store import disk_error
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-BEAT_S, STALE_S = 5.0, 60.0  # of claims where there are no locks
+BEAT_S, STALE_S, LOST_S = 5.0, 60.0, 600.0  # of claims where there are no locks; the last: though a process has its number
 _POLL_S = 0.05
 
 
@@ -148,10 +149,11 @@ def _abandoned(path: Path) -> bool:
     then is done twice, to the same result."""
     try:
         owner, age = path.read_text().split(), time.time() - path.stat().st_mtime
-        if len(owner) == 2 and owner[0] == socket.gethostname():
+        here = len(owner) == 2 and owner[0] == socket.gethostname()
+        if here:
             os.kill(int(owner[1]), 0)
-            return False
-        return age > STALE_S
+        # A process of that number may be another one by now: after a restart of the machine, or of a container.
+        return age > (LOST_S if here else STALE_S)
     except ProcessLookupError:
         return True
     except (OSError, ValueError):  # gone already, or being written

@@ -62,7 +62,14 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
 
 
 def check_pool(setup: Setup, folder: RunFolder) -> None:
-    """A resumed run must start from the very networks it began with. Raises RunError if the pool is another."""
+    """A resumed run must start from the very networks it began with. Raises RunError if pool or experts are others."""
+    if (key := getattr(getattr(setup.starts, "experts", None), "key", None)) is not None:
+        if (known := folder.resolve("experts", lambda: key)) != key:
+            raise RunError(
+                f"the experts are not those this run began with (recipe {key[:12]}, recorded {known[:12]}): "
+                "restore experts.path, or start a new run_dir"
+            )
+        return
     if (weights := getattr(setup.starts, "train", None)) is None:
         return
     digest = hashlib.sha256(weights.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -28,7 +28,8 @@ from metadist.evaluate.train import accuracy, at_once, statistics
 from metadist.metagrad.inner import Inner
 from metadist.nets import Learner
 from metadist.store import Checkpoints
-from metadist.store.experts import Trajectory, file_name, write_expert
+from metadist.store.coding import Trajectory
+from metadist.store.experts import file_name, write_expert
 
 _SAY_S = 10.0  # between two lines about the same networks
 _STATISTICS = 10  # batches that BatchNorm's statistics are averaged over

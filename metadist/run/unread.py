@@ -71,6 +71,10 @@ def _of_trajectories(config: Config) -> dict[str, tuple[bool, list[str]]]:
     method = config.method
     return {
         "method.gradient=trajectory": (method.gradient == "trajectory", _under(config, "trajectory")),
+        "experts.path=null": (  # a given store tells how it was trained
+            method.gradient != "trajectory" or config.experts.path is None,
+            [k for k in _under(config, "experts")[1:] if k not in ("experts.count", "experts.path")],
+        ),
         "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
         "method.loss=distillation": (
             method.loss == "distillation",

@@ -200,6 +200,8 @@ def _method(config: Config) -> None:
         raise UserError(
             f"pretrained.path and pretrained.data are for method.init=pretrained; method.init={m.init} reads neither"
         )
+    if config.experts.path == "":
+        raise UserError("experts.path= names no folder; give one, or leave it out: experts then lie under cache_dir")
     if config.pretrained.path and config.pretrained.data:
         raise UserError(
             "pretrained.path and pretrained.data are both given: weights from a file, or networks trained on that data"

@@ -47,14 +47,15 @@ def _embedded(config: Config) -> None:
 
 
 def augmentation(config: Config) -> None:
-    """The strategy ``dsa``. Raises UserError."""
-    if config.dsa == "none":
-        return
-    from metadist.data import dsa, sources  # with torch, which other configurations' checks go without
+    """The strategies ``dsa`` and ``experts.dsa``. Raises UserError."""
+    for key, given in (("dsa", config.dsa), ("experts.dsa", config.experts.dsa)):
+        if given == "none":
+            continue
+        from metadist.data import dsa, sources  # with torch, which other configurations' checks go without
 
-    if "flip" in dsa.operations(config.dsa) and config.data.name in sources.DIGIT_SETS:
-        raise UserError(f"dsa={config.dsa} mirrors images, and a mirrored digit of {config.data.name} is no digit; use "
-                        f"{dsa.MIRROR_FREE}")  # fmt: skip
+        if "flip" in dsa.operations(given) and config.data.name in sources.DIGIT_SETS:
+            raise UserError(f"{key}={given} mirrors images, and a mirrored digit of {config.data.name} is no digit; use "
+                            f"{dsa.MIRROR_FREE}")  # fmt: skip
 
 
 def tasks(config: Config, classes: int) -> None:

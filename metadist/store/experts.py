@@ -6,9 +6,7 @@
 Design choices
 - A folder holds one recipe: everything that the weights depend on, in full, in manifest.json; each expert's file names it by
   its SHA-256. A file of another recipe, however it came there, is refused.
-- A file holds snapshot 0 in float32 and a float16 difference for each epoch. A difference is taken from the DECODED snapshot
-  before it, so that what one rounding lost the next difference brings back: errors don't add up. A power of two for each row
-  puts its largest entry just below 2^15; what float16 would then hold as a subnormal is below 2^-29 of that.
+- A file holds snapshot 0 in float32 and a float16 difference for each epoch: metadist.store.coding.
 - Files are mapped into memory; rows are read as they are asked for, by any number of processes at once. Sizes are checked when
   the store is opened; the SHA-256 of a file once a process, before its first row is used, and again if the file has changed.
 - An expert's file appears whole or not at all. Those from number 0 on without a gap are the finished ones.
@@ -26,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metadist.errors import RunError, UserError
+from metadist.store.coding import Trajectory
 from metadist.store.files import Torn, prove, read_header, save_tensors, write_first
 
 FORMAT = 1
-_TOP = 15  # the largest entry of a scaled row lies below 2^15; float16 ends just below 2^16
-_LEAST = -100  # of an exponent: 2^100 is a float32, too
 
 
 def key_of(recipe: Mapping[str, Any]) -> str:
@@ -50,54 +47,6 @@ def file_name(expert: int) -> str:
 def listing(folder: Path) -> set[str]:
     """Names in a folder. Network file systems cache that a single name is absent; a listing is fresh."""
     return {path.name for path in folder.iterdir()}
-
-
-class Trajectory:
-    """One expert as it is trained: its snapshots, coded.
-
-    theta0: weights [P] before the first epoch.
-    Attributes: ``decoded`` [P], what the newest snapshot reads as; ``error``, the largest relative error of the difference
-    between two neighbouring snapshots so far.
-    """
-
-    def __init__(self, theta0: Tensor) -> None:
-        """Snapshot 0."""
-        self.first = theta0.detach().to("cpu", torch.float32, copy=True)
-        self.decoded, self.before = self.first.clone(), self.first.clone()
-        self.codes: list[Tensor] = []
-        self.exponents: list[int] = []
-        self.error = 0.0
-
-    def add(self, theta: Tensor) -> None:
-        """The snapshot after one more epoch: weights [P], finite."""
-        theta = theta.detach().to("cpu", torch.float32, copy=True)
-        difference = theta - self.decoded
-        exponent = max(math.frexp(float(difference.abs().max()))[1] - _TOP, _LEAST)
-        code = (difference * 2.0**-exponent).to(torch.float16)
-        earlier = self.decoded.clone()
-        self.decoded.add_(code.float(), alpha=2.0**exponent)
-        moved = theta - self.before
-        lost = (self.decoded - earlier - moved).norm() / moved.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        self.error, self.before = max(self.error, float(lost)), theta
-        self.codes.append(code)
-        self.exponents.append(exponent)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What an expert's file holds: first [P] float32, codes [E, P] float16, exponents [E] int16."""
-        codes = torch.stack(self.codes) if self.codes else torch.zeros(0, len(self.first), dtype=torch.float16)
-        return {"first": self.first, "codes": codes, "exponents": torch.tensor(self.exponents, dtype=torch.int16)}
-
-    def rest(self) -> dict[str, Tensor]:
-        """What a checkpoint needs besides ``tensors``."""
-        return {"decoded": self.decoded, "before": self.before, "error": torch.tensor(self.error, dtype=torch.float64)}
-
-    @classmethod
-    def of(cls, saved: Mapping[str, Tensor]) -> Trajectory:
-        """From ``tensors`` and ``rest``, to go on."""
-        out = cls(saved["first"])
-        out.codes, out.exponents = list(saved["codes"].unbind(0)), saved["exponents"].tolist()
-        out.decoded, out.before, out.error = saved["decoded"], saved["before"], float(saved["error"])
-        return out
 
 
 def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -223,12 +172,28 @@ class ExpertStore:
             now = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
             if self._proven.get(expert, (None,))[0] != now:
                 self._check(expert)
-                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                with path.open("rb") as plain, mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     prove(data, path)
-                self._proven[expert] = now, safe_open(str(path), framework="pt")
+                file = safe_open(str(path), framework="pt")
+                self._shapes(file, path)
+                self._proven[expert] = now, file
+        except SafetensorError as e:
+            raise Torn(path, "its header is not one of metadist's") from e
         except OSError as e:
             raise RunError(f"cannot read {path}: {e.strerror or e}") from e
         return self._proven[expert][1]
+
+    def _shapes(self, file: Any, path: Path) -> None:
+        """Raise Torn unless the file's tensors are those of ``Trajectory.tensors``."""
+        wanted = {
+            "first": ([self.size], "F32"),
+            "codes": ([self.epochs, self.size], "F16"),
+            "exponents": ([self.epochs], "I16"),
+        }
+        for name, (shape, dtype) in wanted.items():
+            part = file.get_slice(name)
+            if (list(part.get_shape()), part.get_dtype()) != (shape, dtype):
+                raise Torn(path, f"its {name} are {part.get_dtype()} {list(part.get_shape())}, not {dtype} {shape}")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -237,10 +202,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"there are no experts in {folder} (no manifest.json); make them with launch/experts.py") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise Torn(path, f"it can't be read ({type(e).__name__})") from None
-    if not isinstance(found, dict) or found.get("key") != key_of(found.get("recipe", {})) or "parameters" not in found:
+    if not isinstance(found, dict) or found.get("key") != key_of(found.get("recipe", {})):
         raise Torn(path, "its key does not fit its recipe (altered, or of another version of metadist)")
+    try:
+        if int(found["recipe"]["experts"]["epochs"]) < 1 or _size(found) < 1:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise Torn(path, "its epochs or parameters are none (altered, or of another version of metadist)") from None
     return found
 
 

@@ -216,8 +216,10 @@ def read_header(data: bytes | mmap.mmap, path: Path | str) -> tuple[int, dict[st
     try:
         header = json.loads(data[8:start])
         content: dict[str, Any] = json.loads(header.pop("__metadata__")["metadist"])["content"]
+        if not isinstance(content, dict):
+            raise TypeError(type(content))
         return start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0), content
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as e:
         raise Torn(path, "it is cut short or was not written by metadist") from e
 
 

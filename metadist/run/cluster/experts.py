@@ -32,10 +32,8 @@ def submit(words: Sequence[str]) -> int:
     from metadist.run.compose import compose
     from metadist.run.experts import done, experts_dir, groups, outcome
     from metadist.run.experts_command import judge, open_folder
-    from metadist.run.experts_job import check
 
     config = compose(words, _placed(words), lambda c, keys: judge(c, keys, cluster=True))
-    check(config)
     folder, cluster = experts_dir(config), config.cluster
     role = Role("metadist.run.cluster.experts", "metadist.run.cluster.after_member")
     executor = Executor(folder, dataclasses.replace(cluster, nodes=1), cluster.nodes, role)
