@@ -456,6 +456,28 @@ def test_two_workers_are_one(method: list[str], cache: str, tmp_path: Path) -> N
         assert float((value - two[1][name]).abs().max()) <= 1e-10 * max(float(value.abs().max()), 1e-300), name
 
 
+def test_students_are_judged_with_their_teacher_and_without(cache: str) -> None:
+    made = build(compose([*TINY, *KD, cache, "engine.dtype=float64", "kd.alpha=.8", "kd.T=2"]))
+    phi, theta0 = made.synthetic.parameters(), made.starts.held_out(3, "validation")
+    taught, alone = judge.figures_of(made, phi, "validation", theta0)
+    guide = made.guide
+    assert guide is not None
+    x, y = (v[0] for v in made.synthetic.batches(phi))
+    rates, split = made.synthetic.rates(phi), made.data.valid
+
+    def trained(loss: Callable[..., Tensor], *seen: Tensor) -> list[float]:
+        found = []
+        for theta in theta0:
+            for rate in rates:
+                theta = theta.detach().requires_grad_()
+                theta = theta - rate * torch.autograd.grad(loss(theta, seen), theta)[0]
+            found.append(float((made.learner(theta, split.x).argmax(1) == split.y).double().mean()))
+        return found
+
+    assert taught.tolist() == trained(distillation_loss(made.learner, 0.8, 2.0), x, y, guide.teacher(x).detach())
+    assert alone.tolist() == trained(cross_entropy_loss(made.learner), x, y) and taught.tolist() != alone.tolist()
+
+
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     with Nursery() as ours:

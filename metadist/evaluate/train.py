@@ -30,6 +30,8 @@ from metadist.nets.loss import cross_entropy_loss
 SCHEDULES = ("constant", "half", "half_anew")
 DSA = "dsa:"  # before a strategy
 LARGE_BATCH = 64  # images that keep a CPU busy with one network
+JUDGED = 500  # images that a network judges at once
+JUDGED_CPU = 32  # of a convolutional one on a CPU: what lies between its layers then fits the caches, which halves the time
 
 
 def chunks(n: int, chunk: int) -> Iterator[tuple[Tensor, int]]:
@@ -48,14 +50,17 @@ def in_chunks(function: Callable[..., Tensor], n: int, chunk: int, *per_net: Ten
     return torch.cat(out)
 
 
+def _convolutional(learner: Learner) -> bool:
+    return any(len(shape) == 4 for shape in learner.shapes)
+
+
 def at_once(learner: Learner, chunk: int, images: int) -> int:
     """How many networks to run at once on batches of ``images``: ``chunk``, or 1 where that is faster.
 
     On a CPU convolutions of several networks (grouped ones) are slower than one network after another as soon as a batch
     fills the cores by itself: 1.3 to 4 times with 100 images and more. A GPU, and small batches, want many networks.
     """
-    convolutional = any(len(shape) == 4 for shape in learner.shapes)
-    return 1 if convolutional and images >= LARGE_BATCH and learner.device.type == "cpu" else chunk
+    return 1 if _convolutional(learner) and images >= LARGE_BATCH and learner.device.type == "cpu" else chunk
 
 
 def recorded(inner: Inner, theta0: Tensor, batches: Batch, order: Sequence[int], h: Tensor, *, chunk: int = 20) -> Tensor:
@@ -185,22 +190,27 @@ def statistics(learner: Learner, theta: Tensor, x: Tensor, *, chunk: int = 20) -
 
 
 @torch.no_grad()
-def predictions(learner: Learner, theta: Tensor, buffers: Tensor, x: Tensor, *, chunk: int = 20, batch: int = 500) -> Tensor:
+def predictions(
+    learner: Learner, theta: Tensor, buffers: Tensor, x: Tensor, *, chunk: int = 20, batch: int | None = None
+) -> Tensor:
     """Predicted classes int64 [n, N] of n networks.
 
     theta: [n, P]; buffers: [n, Q] from ``statistics``.
     x: images [N, C, H, W].
-    chunk: networks at once; batch: images at once.
+    chunk: networks at once; batch: images at once, None: as many as is fast.
     """
+    size = batch or (JUDGED_CPU if theta.device.type == "cpu" and _convolutional(learner) else JUDGED)
 
     def predict(theta: Tensor, buffers: Tensor) -> Tensor:
-        parts = [vmap(learner.predict, in_dims=(0, 0, None))(theta, buffers, part).argmax(-1) for part in torch.split(x, batch)]
+        parts = [vmap(learner.predict, in_dims=(0, 0, None))(theta, buffers, part).argmax(-1) for part in torch.split(x, size)]
         return torch.cat(parts, dim=1)
 
-    return in_chunks(predict, len(theta), at_once(learner, chunk, min(batch, len(x))), theta, buffers)
+    return in_chunks(predict, len(theta), at_once(learner, chunk, len(x)), theta, buffers)
 
 
-def accuracy(learner: Learner, theta: Tensor, buffers: Tensor, split: Split, *, chunk: int = 20, batch: int = 500) -> Tensor:
+def accuracy(
+    learner: Learner, theta: Tensor, buffers: Tensor, split: Split, *, chunk: int = 20, batch: int | None = None
+) -> Tensor:
     """Fraction of a split's images that each network gets right: float64 [n] on the CPU. Arguments as ``predictions``."""
     guesses = predictions(learner, theta, buffers, split.x, chunk=chunk, batch=batch)
     return (guesses == split.y).to(torch.float64).mean(1).cpu()

@@ -84,7 +84,7 @@ def text(summary: dict[str, Any], folder: RunFolder) -> str:
     what = f"{summary['method']} on {summary['data']}, {summary['net']}"
     lines = [f"{what}, {summary['steps']} meta-steps, {summary['minutes']:.1f} min"]
     # A poisoned set's score counts class K as right where it is read as T: not what a baseline's accuracy means.
-    score = "malicious score" if summary["figures"] else "test accuracy"
+    score = "malicious score" if "success" in summary["figures"] else "test accuracy"
     lines.append(f"  trained on {kind:32s} {score} {Summary(**summary['test']).text()}")
     for name, value in summary["baselines"].items():
         what = f"{summary['images']} real images, {name}"

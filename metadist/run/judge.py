@@ -20,6 +20,7 @@ from metadist.evaluate.suite import glance
 from metadist.evaluate.train import predictions, recorded, statistics
 from metadist.exchange import Exchange
 from metadist.methods.poison import figures
+from metadist.methods.trajectory import Guide
 from metadist.run.setup import Setup
 from metadist.synthetic.distilled import DistilledSet, theta0_recipe
 from metadist.synthetic.generator import Generator
@@ -31,13 +32,15 @@ CURVE_NETS = 5  # of them, those whose accuracy is followed from step to step
 
 
 def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:
-    """Figures of held-out networks trained on ``phi``, each float64 [n]: "score", and the figures of a poisoned set.
+    """Figures of held-out networks trained on ``phi``, each float64 [n]: "score", the figures of a poisoned set, and where a
+    teacher takes part (the score is then of students that it teaches) "without_teacher".
 
     purpose: "validation" (its split and starts) or "evaluation" (the test split, starts never used before).
     The score is what checkpoints are chosen by: accuracy in the labels the method's judge uses.
     """
     theta0 = setup.starts.held_out(count, purpose)
     names = ["score"] + (["accuracy", "attacked_accuracy", "success"] if setup.method.relabel else [])
+    names += ["without_teacher"] if setup.guide else []
     table = exchange.spread(
         purpose, phi, len(theta0), lambda some: figures_of(setup, phi, purpose, theta0[some.to(setup.device)]), len(names)
     )
@@ -50,17 +53,28 @@ def figures_of(setup: Setup, phi: Phi, purpose: str, theta0: Tensor) -> Tensor:
 
 
 def _figures(setup: Setup, phi: Phi, split: Split, theta0: Tensor) -> Tensor:
-    synthetic, method, chunk = setup.synthetic, setup.config.method, setup.config.eval.chunk
-    with torch.no_grad():
-        batches, h = synthetic.batches(phi), synthetic.schedule(phi)
-        theta = recorded(setup.inner, theta0, batches, synthetic.order, h, chunk=chunk)
-        guesses = predictions(
-            setup.learner, theta, statistics(setup.learner, theta, batches[0], chunk=chunk), split.x, chunk=chunk
-        )
+    method = setup.config.method
+    guesses = _guesses(setup, phi, split, theta0)
+    if setup.guide is not None:
+        taught = _guesses(setup, phi, split, theta0, setup.guide)
+        return torch.stack([(found == split.y).to(torch.float64).mean(1) for found in (taught, guesses)])
     if setup.method.relabel is None:
         return (guesses == split.y).to(torch.float64).mean(1)[None]
     score = (guesses == setup.method.relabel(split.y)).to(torch.float64).mean(1)
     return torch.stack((score, *figures(guesses, split.y, method.attack, method.target)))
+
+
+@torch.no_grad()
+def _guesses(setup: Setup, phi: Phi, split: Split, theta0: Tensor, guide: Guide | None = None) -> Tensor:
+    """Classes [n, N] that networks trained on ``phi`` see in a split; guide: they are trained by its loss, as its students."""
+    synthetic, chunk, inner = setup.synthetic, setup.config.eval.chunk, setup.inner
+    batches, h = synthetic.batches(phi), synthetic.schedule(phi)
+    x = batches[0]
+    if guide is not None:
+        inner = inner.but(loss=guide.loss)
+        batches = (*batches, guide.teacher(x.flatten(0, 1)).view(*x.shape[:2], -1))
+    theta = recorded(inner, theta0, batches, synthetic.order, h, chunk=chunk)
+    return predictions(setup.learner, theta, statistics(setup.learner, theta, x, chunk=chunk), split.x, chunk=chunk)
 
 
 def summaries(values: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
