@@ -81,6 +81,8 @@ def distil(
         raise UserError("test is given without train; give both Datasets")
     words = {"method": method, "run_dir": run_dir} | _objects(train, net)
     config = _compose([*_words({k: v for k, v in words.items() if v is not None}), *_words(overrides)])
+    if config.method.synthetic == "network":
+        raise UserError(f"method={config.method.name} trains networks, it distils no images; use launch/local.py")
     if config.method.name == "lower_bound":
         raise UserError("method=lower_bound is a demonstration that distils no images; run launch/local.py method=lower_bound")
     if config.workers != 1:

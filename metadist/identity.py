@@ -55,8 +55,15 @@ def is_circumstance(key: str) -> bool:
 def identity(config: Config) -> dict[str, Any]:
     """The leaves that define the result: all but circumstance, and what only another exchange or another kind of set reads."""
     unread = () if config.exchange.name == "server" else SERVER
-    read = {"generator.": config.method.synthetic, "implicit.": config.method.gradient, "matching.": config.method.gradient}
-    elsewhere = tuple(prefix for prefix, word in read.items() if word != prefix[:-1])
+    method, guided = config.method, config.method.loss == "distillation"
+    read = {
+        "generator.": method.synthetic == "generator",
+        "implicit.": method.gradient == "implicit",
+        "matching.": method.gradient == "matching",
+        "train.": method.synthetic == "network",
+        "kd.": guided,
+    }
+    elsewhere = tuple(prefix for prefix, used in read.items() if not used)
     leaves = {k: v for k, v in flatten(config).items() if not k.startswith(elsewhere)}
     return {k: v for k, v in leaves.items() if not is_circumstance(k) and k not in unread}
 

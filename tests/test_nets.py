@@ -604,7 +604,7 @@ def test_bad_configurations_are_one_line(cfg: NetConfig, message: str) -> None:
 
 
 def test_names_and_a_module_of_the_users_folder(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    assert NAMES == ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "custom")
+    assert NAMES == ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "plain", "resnet_cifar", "custom")
     (tmp_path / "my_own_net.py").write_text(
         "from torch import nn\n\nclass Net(nn.Sequential):\n"
         "    def __init__(self, hidden):\n        super().__init__(nn.Flatten(), nn.Linear(4, hidden), nn.Linear(hidden, 2))\n"

@@ -1,11 +1,11 @@
-"""The inner loss of a learner: mean cross-entropy, of hard or soft labels, as a pure function of its weights."""
+"""Losses: mean cross-entropy of hard or soft labels as a pure function of a learner's weights; knowledge distillation's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 
 from metadist.metagrad.mixed import Batch, Loss
 
@@ -46,3 +46,23 @@ def cross_entropy_loss(learner: Learner, weight_decay: float = 0.0) -> Loss:
         return value + 0.5 * weight_decay * theta.square().sum() if weight_decay else value
 
     return loss
+
+
+def distillation(logits: Tensor, soft: Tensor, y: Tensor, alpha: float, T: float, scale: float | None = None) -> Tensor:
+    """(1 - alpha) cross-entropy + alpha scale KL(soft || softmax(logits / T)), batch mean (arXiv 1503.02531).
+
+    logits: the student's, [B, K].
+    soft: the teacher's probabilities at the temperature, softmax(z / T), or the mean of several teachers', [B, K].
+    y: int64 [B] class numbers, or float [B, K] probabilities; not looked at if alpha is 1.
+    alpha: weight of the soft term, in [0, 1].
+    T: temperature, above 0.
+    scale: factor of the divergence; None: T^2, which keeps the size of its gradient, T (q - p) in a logit, as T grows: in the
+        limit of high T the term is |z - v|^2 / (2 K), of logits centred to zero mean.
+    """
+    weight = T**2 if scale is None else scale
+    p = soft.to(logits.dtype)
+    entropy = (p * p.clamp(min=1e-38).log()).sum(-1)
+    divergence = (entropy - (p * log_softmax(logits / T, -1)).sum(-1)).mean()
+    if alpha == 1:
+        return weight * divergence
+    return (1 - alpha) * cross_entropy(logits, y) + alpha * weight * divergence

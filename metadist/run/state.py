@@ -10,6 +10,7 @@ Design choices
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ class MetaState:
 
     phi: initial meta-parameters, taken over.
     config: the outer optimization; ``horizon`` is the cosine's length in meta-steps (meta.horizon, resolved).
+    project: puts updated parameters back, in place, into the set they must lie in; None: they may lie anywhere.
     """
 
-    def __init__(self, phi: Phi, config: MetaConfig, horizon: int) -> None:
+    def __init__(self, phi: Phi, config: MetaConfig, horizon: int, project: Callable[[Phi], None] | None = None) -> None:
         """The state before the first meta-step."""
-        self.config, self.horizon = config, horizon
+        self.config, self.horizon, self._project = config, horizon, project
         self.phi: Phi = {k: v.detach().clone().requires_grad_() for k, v in phi.items()}
         self.average: Phi = self.copy_phi()
         self.best: Phi = {}
@@ -101,6 +103,8 @@ class MetaState:
             p.grad = part.view_as(p).to(p.dtype)
             group["lr"] = self._base_rate(name) * factor
         self.optimizer.step()
+        if self._project is not None:
+            self._project(self.phi)
         for name, value in self.average.items():
             value.lerp_(self.phi[name].detach(), 1 - self.config.ema)
 

@@ -6,6 +6,11 @@ from metadist.config import Config
 from metadist.identity import SERVER, flatten
 
 
+def _under(config: Config, *groups: str) -> list[str]:
+    """These groups and their keys."""
+    return [*groups, *(k for k in flatten(config) if k.startswith(tuple(f"{group}." for group in groups)))]
+
+
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
@@ -24,6 +29,25 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "implicit.warm_start=true": (method.gradient != "implicit" or config.implicit.warm_start, ["implicit.restart"]),
         "method.gradient=matching": (method.gradient == "matching", ["matching", "matching.distance"]),
         "method.gradient=unrolled, truncated or matching": (method.gradient != "implicit", ["inner.loss_every"]),
+        "method.synthetic=images or generator": (
+            method.synthetic != "network",
+            [
+                *_under(config, "inner", "labels"),
+                "eval.nets",
+                "eval.final_nets",
+                "eval.chunk",
+                "engine.mixed",
+                "meta.lr_rate",
+                "meta.lr_labels",
+                "run.image_every",
+            ],
+        ),
+        "method=train or kd": (
+            method.synthetic == "network",
+            [*_under(config, "train"), "data.exclude", "net.dropout", "net.input_dropout"],
+        ),
+        "method.loss=distillation": (method.loss == "distillation", _under(config, "kd")),
+        "method=kd": (method.name == "kd", ["kd.teachers", "kd.pair", "kd.stopped", "kd.until", "kd.variants"]),
         "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),

@@ -15,7 +15,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_machine
+from metadist.run import validate_machine, validate_train
 
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
@@ -27,23 +27,28 @@ METHODS: dict[str, dict[str, str]] = {
     "gtn_implicit": {"synthetic": "generator", "gradient": "implicit", "objective": "real"},
     "gtn_matching": {"synthetic": "generator", "gradient": "matching", "objective": "real"},
     "gtn": {"synthetic": "generator", "gradient": "unrolled", "objective": "real"},
+    "train": {
+        "synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "cross_entropy",
+    },
+    "kd": {"synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "distillation"},
     "lower_bound": {},
-}
+}  # fmt: skip
 """Published names and the words each of them stands for; the other words are free."""
 
-DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder")
-NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "custom")
+DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder", "distilled")
+NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "plain", "resnet_cifar", "custom")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
-    "method.synthetic": ("images", "generator"),
+    "method.synthetic": ("images", "generator", "network"),
     "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
     "method.gradient": ("unrolled", "truncated", "implicit", "matching"),
     "implicit.solver": ("neumann", "cg"),
     "matching.distance": ("cosine", "l2"),
     "method.init": ("fixed", "random", "pretrained"),
     "method.objective": ("real", "poison"),
-    "pretrained.data": DATA,
+    "method.loss": ("cross_entropy", "distillation"),
+    "pretrained.data": DATA[:-1],
     "inner.optimizer": ("sgd", "momentum", "adam"),
     "inner.rate": ("softplus", "raw"),
     "labels.kind": ("hard", "soft"),
@@ -51,7 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "meta.schedule": ("constant", "step", "cosine"),
     "data.name": DATA,
     "data.normalize": ("standard", "zca", "none"),
-    "data.augment": ("none", "crop", "flip", "crop_flip"),
+    "data.augment": ("none", "crop", "flip", "crop_flip", "jitter"),
     "net.name": NETS,
     "net.init": ("xavier", "kaiming", "orthogonal", "default"),
     "net.norm": ("none", "batch", "layer", "instance", "group"),
@@ -77,7 +82,7 @@ AT_LEAST_1 = (
     "cluster.nodes", "cluster.cpus_per_task", "cluster.timeout_min", "cluster.array_parallelism", "cluster.signal_delay_s",
     "exchange.shards", "cluster.server_cpus",
     "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
-    "implicit.steps", "implicit.restart", "implicit.terms",
+    "implicit.steps", "implicit.restart", "implicit.terms", "train.networks",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -86,13 +91,14 @@ AT_LEAST_0 = (
     "cluster.max_num_timeout", "cluster.max_restarts", "cluster.server_mem_gb", "cluster.server_timeout_min",
     "exchange.max_staleness", "exchange.damping", "exchange.batch",
     "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
+    "train.weight_decay", "train.max_square", "kd.until", "kd.variants",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
-    "implicit.step",
+    "implicit.step", "kd.T", "kd.scale",
 )  # fmt: skip
-BELOW_1 = ("inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
+BELOW_1 = ("net.dropout", "net.input_dropout", "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
 RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (AT_LEAST_1, lambda v: v >= 1),
@@ -100,7 +106,8 @@ RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "above 0": (POSITIVE, lambda v: v > 0),
     "at least 0 and below 1": (BELOW_1, lambda v: 0 <= v < 1),
     "above 0 and below 1": (INSIDE_1, lambda v: 0 < v < 1),
-    "above 0 and at most 1": (("meta.decay",), lambda v: 0 < v <= 1),
+    "above 0 and at most 1": (("meta.decay", "kd.stopped", "data.fraction"), lambda v: 0 < v <= 1),
+    "0 to 1": (("kd.alpha",), lambda v: 0 <= v <= 1),
 }
 
 
@@ -114,6 +121,7 @@ def validate(config: Config, here: bool = True) -> None:
     _ranges(leaves)
     _method(config)
     _inner(config)
+    validate_train.training(config)
     _data_and_net(config)
     _meta(config)
     validate_machine.machine(config)
@@ -228,8 +236,12 @@ def _data_and_net(config: Config) -> None:
     data, net = config.data, config.net
     if data.name == "folder" and not data.path:
         raise UserError("data=folder needs data.path=<folder with one folder of images per class>")
-    if data.name != "folder" and data.path:
-        raise UserError(f"data.path={data.path} is for data=folder; data={data.name} is found under data.root")
+    if data.name == "distilled" and not data.path:
+        raise UserError("data=distilled needs data.path=<run folder, file or shipped name of a distilled set>")
+    if data.name not in ("folder", "distilled") and data.path:
+        raise UserError(
+            f"data.path={data.path} is for data=folder and data=distilled; data={data.name} is found under data.root"
+        )
     if config.pretrained.data == "folder" and data.name != "folder":
         raise UserError("pretrained.data=folder would need a path of its own; use pretrained.path=<file of weights>")
     if net.draw_width and config.method.init != "random":

@@ -33,6 +33,7 @@ from metadist.run.cluster import record, scheduler
 from metadist.run.cluster.batch import LOGS, Executor, tasks_per_node
 from metadist.run.cluster.fleet import Fleet, join, joined, joining, submit
 from metadist.run.cluster.mounts import refuse_local
+from metadist.run.cluster.precheck import precheck
 from metadist.run.compose import compose, expand
 from metadist.run.folder import RunFolder
 from metadist.run.guard import guarded
@@ -197,27 +198,6 @@ def _ready(cluster: ClusterConfig) -> None:
         for name in cluster.partition.split(","):
             if name not in known:
                 raise unknown("partition", name, known)
-
-
-def precheck(config: Config) -> None:
-    """Build the learner once, here, on a few images: what the job would refuse hours later is refused now. Raises UserError.
-
-    Data that this machine has not may be on the nodes: then it says so and goes on.
-    """
-    import torch
-
-    from metadist import data, nets
-    from metadist.run.setup import DTYPES
-    from metadist.run.validate import validate_with_data
-
-    dtype, cpu = DTYPES[config.engine.dtype], torch.device("cpu")
-    try:
-        few = data.load(config.data, cpu, dtype, config.cache_dir, smoke=True)
-    except UserError as e:
-        print(f"note: data={config.data.name} can't be read here, the nodes must have it ({e})", file=sys.stderr)
-        return
-    validate_with_data(config, len(few.classes))
-    nets.build(config.net, few.channels, few.size, len(few.classes), dtype, cpu)
 
 
 def _free(run_dir: Path) -> None:
