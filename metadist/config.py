@@ -7,6 +7,7 @@ from typing import Any
 
 from metadist.config_machine import ClusterConfig, EngineConfig, ExchangeConfig
 from metadist.config_train import KdConfig, TrainConfig
+from metadist.config_trajectory import ExpertsConfig, TrajectoryConfig
 
 
 @dataclass
@@ -15,8 +16,8 @@ class MethodConfig:
 
     name: str = "dd_random_init"  # the published name; a run folder and its manifest carry it
     synthetic: str = "images"  # images | generator | network: ordinary training, no set is learned
-    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching
-    init: str = "random"  # fixed | random | pretrained
+    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | trajectory
+    init: str = "random"  # fixed | random | pretrained | expert
     objective: str = "real"  # real | poison
     loss: str = "cross_entropy"  # of the inner training: cross_entropy | distillation: with a teacher's soft targets beside
     attack: int = 0  # poison: class K whose images are to be misread
@@ -45,6 +46,7 @@ class InnerConfig:
     optimizer: str = "sgd"  # sgd | momentum | adam
     lr: float = 0.02  # initial rate of every step
     learn_lr: bool = True  # one rate per step, learned; false: all stay at lr
+    shared_lr: bool = False  # learn one rate for all steps
     rate: str = "softplus"  # softplus: learn softplus^-1 of the rate | raw: the rate itself, clamped at 1e-6
     momentum: float = 0.9  # momentum's coefficient, Adam's beta1
     learn_momentum: bool = False  # through a sigmoid, one per step
@@ -158,6 +160,20 @@ class NetConfig:
 
 
 @dataclass
+class TeacherConfig:
+    """method.loss=distillation: the frozen teacher, trained by SGD with momentum on the run's own training data, or read."""
+
+    net: NetConfig = field(default_factory=lambda: NetConfig(name="resnet18", init="default"))  # teacher.net.name=resnet50
+    epochs: int = 20  # passes; the rate drops to a tenth at half of the steps
+    lr: float = 0.05  # rate
+    momentum: float = 0.9  # its momentum
+    weight_decay: float = 0.0005  # l2 in the loss
+    batch: int = 128  # real images a step
+    augment: str = "none"  # of them: none | crop | flip | crop_flip
+    path: str | None = None  # a safetensors file of theta [P] and, with BatchNorm, buffers [Q], instead of training
+
+
+@dataclass
 class EvalConfig:
     """Evaluation during the run (validation split) and at its end (test split, once)."""
 
@@ -199,8 +215,11 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     implicit: ImplicitConfig = field(default_factory=ImplicitConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     kd: KdConfig = field(default_factory=KdConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -215,6 +234,7 @@ class Config:
     tasks: int = 8  # global meta-batch
     ipc: int = 10  # distilled images per class in all
     real_batch: int = 256  # real images per task
+    dsa: str = "none"  # differentiable siamese augmentation: none | operations joined by _, such as color_crop_cutout
     seed: int = 0  # of every random draw
     run_dir: str | None = None  # null: runs/<method>-<data>-<net>-<8 hex of the identity>
     workers: int = 1  # processes that share the tasks of a meta-step; 1 to tasks

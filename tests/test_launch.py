@@ -65,7 +65,12 @@ def test_preset_and_its_smoke(preset):
 
 @pytest.mark.parametrize("group,option", [(g, o) for g in groups() if g != "preset" for o in groups()[g]])
 def test_option_names_itself_and_says_what_it_is(group, option):
-    extra = {"folder": ["data.path=x"], "custom": ["net.target=a.B"]}.get(option, [])
+    extra = {
+        "folder": ["data.path=x"],
+        "distilled": ["data.path=x", "method=train"],
+        "custom": ["net.target=a.B"],
+        "kd": ["kd.teachers=[x]"],
+    }.get(option, [])
     config = compose([f"{group}={option}", *extra], place=(lambda config: None) if group == "cluster" else None)
     assert getattr(config, group).name == option
     assert header(group, option)["title"].endswith(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
@@ -11,10 +13,11 @@ from metadist.methods.implicit import Implicit
 from metadist.methods.matching import Matching
 from metadist.methods.poison import relabelled
 from metadist.methods.starts import Starts
+from metadist.methods.trajectory import Guide, Segments, Trajectory
 from metadist.methods.truncated import random_window
 from metadist.nets import Learner
 from metadist.nets.loss import with_l2
-from metadist.synthetic.images import Synthetic
+from metadist.synthetic.images import Images, Synthetic
 
 
 def window_of(config: Config) -> Window:
@@ -30,9 +33,20 @@ def window_of(config: Config) -> Window:
     return random_window(steps, inner.window, inner.loss_every, config.seed)
 
 
-def build(config: Config, data: Data, synthetic: Synthetic, inner: Inner, starts: Starts, learner: Learner) -> Distillation:
-    """The method that ``config.method`` names."""
+def build(
+    config: Config,
+    data: Data,
+    synthetic: Synthetic,
+    inner: Inner,
+    starts: Starts,
+    learner: Learner,
+    guide: Guide | None = None,
+) -> Distillation:
+    """The method that ``config.method`` names. guide: the teacher and its loss, for method.loss=distillation."""
     method = config.method
+    if method.gradient == "trajectory":
+        assert isinstance(synthetic, Images)
+        return Trajectory(config, data, synthetic, inner, cast(Segments, starts), guide)
     relabel = relabelled(method.attack, method.target) if method.objective == "poison" else None
     inner = inner if synthetic.shared else inner.but(shared=False)
     if method.gradient == "implicit":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from metadist import draw
+from metadist.config_trajectory import TrajectoryConfig
+from metadist.errors import UserError
 from metadist.nets import Learner
 from metadist.nets.widths import narrowed
 
@@ -92,3 +95,61 @@ class Pretrained:
     def held_out(self, count: int, purpose: str = "evaluation") -> Tensor:
         """``count`` networks of the kept part: its first ones; for validation its last ones (they overlap if it is small)."""
         return self.kept[-count:] if purpose == "validation" else self.kept[:count]
+
+
+class Experts(Protocol):
+    """Trajectories of experts; metadist.store.experts holds them in files.
+
+    count: how many; epochs: E, snapshots are 0 ... E; size: P.
+    """
+
+    count: int
+    epochs: int
+    size: int
+
+    def weights(self, expert: int, epochs: Sequence[int]) -> Tensor:
+        """[len(epochs), P] after so many epochs."""
+        ...
+
+
+class Expert(Random):
+    """method.init=expert: points of expert trajectories; sets are judged from fresh initializations.
+
+    config: which segments. Raises UserError for experts of other sizes, and for segments past a trajectory's end.
+    """
+
+    def __init__(self, learner: Learner, experts: Experts, config: TrajectoryConfig, seed: int) -> None:
+        """Check that experts, net and segments agree."""
+        super().__init__(learner, seed, learner.device)
+        self.experts, self.config = experts, config
+        last, given = config.max_start - 1 + config.epochs, f"trajectory.max_start={config.max_start}"
+        most = f"allowed with trajectory.epochs={config.epochs}: at most {experts.epochs + 1 - config.epochs}"
+        if experts.size != learner.size:
+            raise UserError(f"the experts have {experts.size} weights, this run's net {learner.size}; take experts of the same "
+                            "net, channels, size and classes")  # fmt: skip
+        if config.max_start > experts.epochs + 1:
+            raise UserError(f"{given} names more start epochs than the {experts.epochs + 1} snapshots of these experts; {most}")
+        if last > experts.epochs:
+            raise UserError(f"{given} asks for snapshot {last} of experts that end at {experts.epochs}; {most}")
+
+    def bound(self, step: int) -> int:
+        """Start epochs of this meta-step are below it: trajectory.max_start, or on the way there."""
+        c = self.config
+        if step >= c.grow:
+            return c.max_start
+        first = c.grow_from or c.min_start + 1
+        return first + (c.max_start - first) * step // c.grow
+
+    def segments(self, step: int, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [G, P] at the start and at the end of these tasks' segments, each of an expert of its own."""
+        key, low = draw.key(self.seed, "segment", step, tasks), self.config.min_start
+        experts = draw.integers(draw.split(key, 0), (), self.experts.count)
+        starts = low + draw.integers(draw.split(key, 1), (), self.bound(step) - low)
+        pairs = zip(experts.tolist(), starts.tolist(), strict=True)
+        ends = torch.stack([self.experts.weights(i, (t, t + self.config.epochs)) for i, t in pairs])
+        ends = ends.to(self.device, self.learner.dtype)
+        return ends[:, 0].contiguous(), ends[:, 1].contiguous()
+
+    def sample(self, step: int, tasks: Tensor) -> Tensor:
+        """Weights of experts, at the start of a segment."""
+        return self.segments(step, tasks)[0]

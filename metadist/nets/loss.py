@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from metadist.metagrad.mixed import Batch, Loss
 
@@ -48,21 +49,29 @@ def cross_entropy_loss(learner: Learner, weight_decay: float = 0.0) -> Loss:
     return loss
 
 
-def distillation(logits: Tensor, soft: Tensor, y: Tensor, alpha: float, T: float, scale: float | None = None) -> Tensor:
-    """(1 - alpha) cross-entropy + alpha scale KL(soft || softmax(logits / T)), batch mean (arXiv 1503.02531).
+def distillation(z: Tensor, p: Tensor, y: Tensor, alpha: float, T: float, scale: float | None = None) -> Tensor:
+    """Knowledge distillation's loss (Hinton et al. 2015, arXiv 1503.02531), means over the batch:
 
-    logits: the student's, [B, K].
-    soft: the teacher's probabilities at the temperature, softmax(z / T), or the mean of several teachers', [B, K].
-    y: int64 [B] class numbers, or float [B, K] probabilities; not looked at if alpha is 1.
-    alpha: weight of the soft term, in [0, 1].
-    T: temperature, above 0.
-    scale: factor of the divergence; None: T^2, which keeps the size of its gradient, T (q - p) in a logit, as T grows: in the
-        limit of high T the term is |z - v|^2 / (2 K), of logits centred to zero mean.
+        (1 - alpha) CE(z, y) + alpha s KL(p || softmax(z / T)).
+
+    z: [B, K], the student's logits.
+    p: [B, K], the teacher's probabilities softmax(t / T), or the mean of several teachers'; differentiable, like z.
+    y: int64 [B] class numbers, or float [B, K] probabilities; not looked at where alpha is 1.
+    alpha: weight of the soft term, 0 to 1. T: temperature, above 0.
+    scale: s; None: T^2, which keeps the size of the soft term's gradient, alpha T (softmax(z / T) - p), as T grows: T^2 KL then
+        tends to |z - t|^2 / 2K, for logits of zero mean.
     """
-    weight = T**2 if scale is None else scale
-    p = soft.to(logits.dtype)
-    entropy = (p * p.clamp(min=1e-38).log()).sum(-1)
-    divergence = (entropy - (p * log_softmax(logits / T, -1)).sum(-1)).mean()
-    if alpha == 1:
-        return weight * divergence
-    return (1 - alpha) * cross_entropy(logits, y) + alpha * weight * divergence
+    s = T**2 if scale is None else scale
+    known = (p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+    soft = (known - (p * log_softmax(z / T, dim=-1)).sum(-1)).mean()
+    return alpha * s * soft if alpha == 1 else (1 - alpha) * cross_entropy(z, y) + alpha * s * soft
+
+
+def distillation_loss(learner: Learner, alpha: float, T: float, scale: float | None = None) -> Loss:
+    """``distillation`` as the loss (theta [P], (x [B, C, H, W], y, t)) of a student; t: float [B, K], the teacher's logits."""
+
+    def loss(theta: Tensor, batch: Batch) -> Tensor:
+        x, y, t = batch
+        return distillation(learner(theta, x), softmax(t / T, dim=1), y, alpha, T, scale)
+
+    return loss

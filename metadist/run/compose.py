@@ -33,12 +33,14 @@ from metadist.run.validate import validate
 
 @dataclass
 class Schema(Config):
-    """What the files of ``configs/`` may hold: a Config, and a preset's few-second version."""
+    """What the files of ``configs/`` may hold: a Config, a preset's few-second version, and the program a preset is for."""
 
     smoke_overrides: list[str] = field(default_factory=list)
+    program: str = "local"  # local: a distillation | experts: launch/experts.py alone
 
 
 Place = Callable[[Config], None]
+Judge = Callable[[Config, Sequence[str]], None]
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ def _hydra() -> Iterator[GlobalHydra]:
         yield GlobalHydra.instance()
 
 
-def compose(overrides: Sequence[str] = (), place: Place | None = None) -> Config:
+def compose(overrides: Sequence[str] = (), place: Place | None = None, judge: Judge | None = None) -> Config:
     """The Config of ``preset=mnist_random steps=10 ...``.
 
     overrides: words of Hydra's grammar, one value each. place: sets what another machine decides, and judges it; the run is
-    then not for this machine.
+    then not for this machine. judge: refuses the words that another program than a run's would not read; None: a run.
     Raises UserError (one line) for an unknown key, option or value, a wrong type, a wrong form, or a Config that
     ``metadist.run.validate`` refuses.
     """
@@ -70,7 +72,7 @@ def compose(overrides: Sequence[str] = (), place: Place | None = None) -> Config
         for override in parsed:
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line} lists several values: put -m in front to run each of them")
-        return _config(plain(parsed), place=place)
+        return _config(plain(parsed), place=place, judge=judge)
 
 
 def expand(overrides: Sequence[str], place: Place | None = None) -> list[Point]:
@@ -96,14 +98,20 @@ def _point(fixed: Sequence[Override], swept: Sequence[Override], values: Sequenc
     return Point(tuple(words), chosen, _config(plain(parse(words)), not swept, place))
 
 
-def _config(words: list[str], strict: bool = True, place: Place | None = None) -> Config:
+def _config(words: list[str], strict: bool = True, place: Place | None = None, judge: Judge | None = None) -> Config:
     schema = _compose(words)
+    if schema.program != "local" and judge is None:
+        preset = next((w for w in words if w.startswith("preset=")), "this preset")
+        raise UserError(f"{preset} is for python launch/{schema.program}.py; it makes no distilled set")
     if schema.smoke:
         schema = _compose([*schema.smoke_overrides, *words])
     config = Config(**{f.name: getattr(schema, f.name) for f in dataclasses.fields(Config)})
     if place is not None:
         place(config)
     validate(config, here=place is None)
+    if judge is not None:
+        judge(config, [word.lstrip("+").partition("=")[0] for word in words])
+        return config
     ignored = unread(config, slurm=place is not None) if strict else {}
     for key in (word.lstrip("+").partition("=")[0] for word in words):
         if key in ignored:

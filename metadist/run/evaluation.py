@@ -189,15 +189,20 @@ def check(words: Words, given: Subject) -> int:
         raise unknown("check", words.check, ("gradient",))
     if given.folder is None:
         raise UserError("check=gradient needs run=<run folder>: a set alone has no meta-gradient")
-    step, biases = gradient_check.check(given.folder, given.config)
+    found = gradient_check.check(given.folder, given.config)
+    parts = {"gradient": found.configured, "first_order": found.first_order}
     if words.json:
-        print(json.dumps({"step": step, "gradient": [dataclasses.asdict(b) for b in biases]}, indent=1))
+        listed = {name: [dataclasses.asdict(b) for b in biases] for name, biases in parts.items()}
+        print(json.dumps({"step": found.step, **listed}, indent=1))
         return 0
     engine, method = given.config.engine, given.config.method
     how = f"{method.gradient}, {engine.dtype}, {engine.precision}"
-    print(f"meta-gradient of step {step} as configured ({how}) against the exact one")
-    rows = [(b.parameter, f"{b.cosine:.9f}", f"{b.relative_error:.3e}", f"{b.norm:.3e}") for b in biases]
-    print(table(("parameter", "cosine", "relative error", "norm of exact"), rows))
+    named = (f"as configured ({how})", "by the first-order shortcut (no Hessian products)")
+    for which, biases in zip(named, parts.values(), strict=True):
+        if biases:
+            print(f"meta-gradient of step {found.step} {which} against the exact one")
+            rows = [(b.parameter, f"{b.cosine:.9f}", f"{b.relative_error:.3e}", f"{b.norm:.3e}") for b in biases]
+            print(table(("parameter", "cosine", "relative error", "norm of exact"), rows))
     return 0
 
 

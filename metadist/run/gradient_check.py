@@ -3,6 +3,10 @@
 Exact means: float64, full precision, every inner step differentiated. Both see the same meta-parameters, tasks, initial weights
 and real images and take the meta-loss at the same steps (a window's own end). What differs is truncation and arithmetic, and
 what a server's narrow wire (exchange.wire) rounds away.
+
+Beside it, for methods that differentiate training: the first-order shortcut, the exact gradient less its Hessian products. Each
+inner gradient is then taken as if the weights it is taken at were constants (what remains is also what TESLA, Cui et al. 2023,
+arXiv 2211.10586, computes in constant memory).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +22,12 @@ from torch import Tensor
 from metadist import methods, nets
 from metadist.config import Config
 from metadist.data import Data, Split
-from metadist.metagrad.inner import Inner
+from metadist.metagrad.inner import Adjoint, Inner
+from metadist.metagrad.mixed import Batch, floats, gradients, pullback, refill
+from metadist.metagrad.optimizers import State
 from metadist.methods.starts import Starts
-from metadist.nets.loss import cross_entropy_loss, judging_loss
+from metadist.methods.trajectory import Guide, Segments
+from metadist.nets.loss import cross_entropy_loss, distillation_loss, judging_loss
 from metadist.run.compute import Compute
 from metadist.run.folder import RunFolder
 from metadist.run.setup import Setup, build, synthetic_of
@@ -39,11 +47,25 @@ class Bias:
     norm: float  # |exact|
 
 
+class FirstOrder(Inner):
+    """Training whose adjoint leaves out H lambda."""
+
+    def adjoint(self, state: State, batch: Batch, h: Tensor, lam: State) -> Adjoint:
+        """See ``Inner``."""
+        g, pull = pullback(lambda *v: gradients(self.loss, state[0], refill(batch, v), self.shared), *floats(batch))
+        lam, lam_g, lam_h = self._pull_update(state, g, h, lam)
+        return lam, pull(lam_g), lam_h
+
+
 class _Wide:
     """The same starts in float64."""
 
     def __init__(self, starts: Starts) -> None:
         self.starts = starts
+
+    def segments(self, step: int, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = cast(Segments, self.starts).segments(step, tasks)
+        return start.to(torch.float64), end.to(torch.float64)
 
     def sample(self, step: int, tasks: Tensor) -> Tensor:
         return self.starts.sample(step, tasks).to(torch.float64)
@@ -66,10 +88,13 @@ def exact(setup: Setup) -> Setup:
     synthetic = synthetic_of(config, data, wide, setup.device)
     judge = judging_loss(learner) if learner.buffers_size else None
     inner, starts = Inner(cross_entropy_loss(learner), synthetic.optimizer, judge_loss=judge), _Wide(setup.starts)
-    method = methods.build(config, data, synthetic, inner, starts, learner)
+    guide = setup.guide
+    if guide is not None:
+        guide = Guide(guide.teacher.to(wide), distillation_loss(learner, config.kd.alpha, config.kd.T, config.kd.scale))
+    method = methods.build(config, data, synthetic, inner, starts, learner, guide)
     if config.method.gradient == "unrolled":
         method.window = lambda step: (0, setup.method.window(step)[1])
-    return Setup(config, setup.device, data, learner, synthetic, starts, inner, method)
+    return Setup(config, setup.device, data, learner, synthetic, starts, inner, method, guide)
 
 
 def _widened(data: Data) -> Data:
@@ -109,13 +134,37 @@ def state_of(folder: RunFolder, setup: Setup) -> tuple[Phi, int]:
     return phi, step
 
 
-def check(folder: RunFolder, config: Config) -> tuple[int, list[Bias]]:
-    """(meta-step, biases) of a run folder's next meta-step."""
+class Found(NamedTuple):
+    """Biases of one meta-step's gradient: as configured, and of the first-order shortcut (none if no training is unrolled)."""
+
+    step: int
+    configured: list[Bias]
+    first_order: list[Bias]
+
+
+def check(folder: RunFolder, config: Config) -> Found:
+    """The biases of a run folder's next meta-step."""
     setup = build(config)
     phi, step = state_of(folder, setup)
-    right = gradient(exact(setup), {k: v.to(torch.float64) for k, v in phi.items()}, step)
+    wide, best = {k: v.to(torch.float64) for k, v in phi.items()}, exact(setup)
+    right = gradient(best, wide, step)
     given = gradient(setup, as_on_the_wire(phi, config), step)
-    return step, compare(as_on_the_wire(given, config), right)
+    return Found(step, compare(as_on_the_wire(given, config), right), compare_shortcut(best, wide, step, right))
+
+
+def compare_shortcut(best: Setup, phi: Phi, step: int, right: dict[str, Tensor]) -> list[Bias]:
+    """Biases of the first-order shortcut; best: from ``exact``, phi: in float64, right: its gradient."""
+    if best.config.method.gradient not in ("unrolled", "trajectory"):
+        return []
+    best.method.inner = first_order(best.method.inner)
+    return compare(gradient(best, phi, step), right)
+
+
+def first_order(inner: Inner) -> Inner:
+    """The same training, not compiled, with the shortcut for an adjoint."""
+    return FirstOrder(
+        inner.loss, inner.optimizer, shared=inner.shared, judge_group=inner.judge_group, judge_loss=inner.judge_loss
+    )
 
 
 def as_on_the_wire(values: Phi, config: Config) -> Phi:

@@ -16,7 +16,7 @@ from io import StringIO
 from typing import Any
 
 from metadist import config as config_module
-from metadist import config_machine, identity
+from metadist import config_machine, config_train, config_trajectory, identity
 from metadist.run.compose import compose
 from metadist.run.overrides import config_dir, groups
 
@@ -77,7 +77,7 @@ def _presets() -> Iterator[str]:
 def _keys() -> Iterator[str]:
     """One line a key: sections first in the order of Config, then the keys of the top level."""
     classes, meanings = dict[str, ast.ClassDef](), dict[str, str]()
-    for module in (config_machine, config_module):
+    for module in (config_machine, config_train, config_trajectory, config_module):
         source = inspect.getsource(module)
         tokens = tokenize.generate_tokens(StringIO(source).readline)
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
@@ -91,7 +91,13 @@ def _keys() -> Iterator[str]:
             top.append(_line(name, defaults, meanings[f"Config.{name}"]))
             continue
         yield f"  {name}: {(ast.get_docstring(classes[kind]) or '').splitlines()[0]}"
-        yield from (_line(f"{name}.{n}", defaults, meanings[f"{kind}.{n}"]) for n, _, _ in _fields(classes[kind]))
+        for n, inner, _ in _fields(classes[kind]):
+            meaning = meanings[f"{kind}.{n}"]
+            yield (
+                f"    {name}.{n}: keys as of a section {n}; {meaning}"
+                if inner in classes
+                else _line(f"{name}.{n}", defaults, meaning)
+            )
     yield from ["  without a section:", *top]
 
 

@@ -113,6 +113,7 @@ def examine(setup: Setup, chosen: DistilledSet) -> Report:
     config = setup.config
     nets = min(config.eval.final_nets, REPORT_NETS)
     settings = Settings(nets=nets, seed=config.seed, chunk=min(config.eval.chunk, CURVE_NETS))
-    described = {"fixed": "the fixed start", "random": "fresh initializations", "pretrained": "held-out pre-trained networks"}
+    described = {"fixed": "the fixed start", "random": "fresh initializations", "pretrained": "held-out pre-trained networks",
+                 "expert": "fresh initializations"}  # fmt: skip
     starts = described[config.method.init]
     return glance(chosen, setup.data, setup.learner, config.net.name, setup.starts, starts, settings)

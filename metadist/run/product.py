@@ -126,9 +126,11 @@ class Sets:
 
     def scalars(self, phi: Phi) -> dict[str, float]:
         """Learned rates and momenta of the inner steps."""
-        rates, momenta = self.setup.synthetic.rates(phi), self.setup.synthetic.momenta(phi)
-        values = {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
-        return values | {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist() if momenta is not None else [])}
+        synthetic, alike = self.setup.synthetic, self.config.inner.shared_lr
+        rates, momenta = synthetic.rates(phi)[: synthetic.inner_steps], synthetic.momenta(phi)
+        values = {f"rate/{t:02d}": v for t, v in enumerate(rates[:1].tolist() if alike else rates.tolist())}
+        momenta = rates[:0] if momenta is None else momenta[: synthetic.inner_steps]
+        return values | {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist())}
 
     def picture(self, phi: Phi) -> Tensor | None:
         """The images."""

@@ -15,13 +15,15 @@ from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
 from metadist.evaluate.pool import pool
+from metadist.evaluate.teachers import teacher
 from metadist.evaluate.train import at_once
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.mixed import Batch, Loss
 from metadist.methods.dd import Distillation
-from metadist.methods.starts import Fixed, Pretrained, Starts, fresh
+from metadist.methods.starts import Expert, Experts, Fixed, Pretrained, Starts, fresh
+from metadist.methods.trajectory import Guide
 from metadist.nets import Learner
-from metadist.nets.loss import cross_entropy_loss, judging_loss
+from metadist.nets.loss import cross_entropy_loss, distillation_loss, judging_loss
 from metadist.run.validate import validate_with_data
 from metadist.synthetic.generator import Generator
 from metadist.synthetic.images import Images, Synthetic
@@ -41,6 +43,7 @@ class Setup:
     starts: Starts
     inner: Inner
     method: Distillation
+    guide: Guide | None
 
     @property
     def static(self) -> bool:
@@ -56,7 +59,7 @@ class Setup:
         """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""
         graph = self.device.type == "cuda" and not self.static
         inner = self.inner.but(compile=compile, graph=graph)
-        method = methods.build(self.config, self.data, self.synthetic, inner, self.starts, self.learner)
+        method = methods.build(self.config, self.data, self.synthetic, inner, self.starts, self.learner, self.guide)
         return dataclasses.replace(self, inner=inner, method=method)
 
 
@@ -98,12 +101,31 @@ def starts_of(config: Config, learner: Learner, data: Data, device: torch.device
         return Fixed(learner, config.seed, device)
     if config.method.init == "random":
         return fresh(learner, config.seed, config.net.draw_width)
+    if config.method.init == "expert":
+        return Expert(learner, experts_of(config), config.trajectory, config.seed)
     where = {"root", "download"}
     described = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in where}
     identity = {"net": dataclasses.asdict(config.net), "data": described, "seed": config.seed, "dtype": config.engine.dtype}
     if config.smoke:  # trained on a few images only
         identity["smoke"] = True
     return Pretrained(pool(config, learner, data, identity), config.pretrained.held_out, config.seed)
+
+
+def experts_of(config: Config) -> Experts:
+    """The experts of a configuration. Raises UserError, with the command that makes them, if they are missing."""
+    from metadist.run.experts import open_experts  # which composes configurations: other runs need not load Hydra
+
+    experts: Experts = open_experts(config)
+    return experts
+
+
+def guide_of(config: Config, learner: Learner, data: Data, device: torch.device) -> Guide | None:
+    """The teacher, trained or read here, and a student's loss beside it; None where no teacher takes part."""
+    if config.method.loss != "distillation":
+        return None
+    kd = config.kd
+    loss = with_precision(distillation_loss(learner, kd.alpha, kd.T, kd.scale), config.engine.precision, device)
+    return Guide(teacher(config, data, learner.dtype), loss)
 
 
 def synthetic_of(config: Config, data: Data, dtype: torch.dtype, device: torch.device) -> Synthetic:
@@ -135,5 +157,6 @@ def build(config: Config, data: Data | None = None, learner: Learner | None = No
     alone = at_once(learner, 0, config.real_batch)
     judge = with_precision(judging_loss(learner), config.engine.precision, device) if learner.buffers_size else None
     inner = Inner(loss, synthetic.optimizer, config.engine.mixed, judge_group=alone, judge_loss=judge)
-    method = methods.build(config, data, synthetic, inner, starts, learner)
-    return Setup(config, device, data, learner, synthetic, starts, inner, method)
+    guide = guide_of(config, learner, data, device)
+    method = methods.build(config, data, synthetic, inner, starts, learner, guide)
+    return Setup(config, device, data, learner, synthetic, starts, inner, method, guide)

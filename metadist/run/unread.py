@@ -28,11 +28,16 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         "implicit.solver=neumann": (method.gradient != "implicit" or config.implicit.solver == "neumann", ["implicit.step"]),
         "implicit.warm_start=true": (method.gradient != "implicit" or config.implicit.warm_start, ["implicit.restart"]),
         "method.gradient=matching": (method.gradient == "matching", ["matching", "matching.distance"]),
-        "method.gradient=unrolled, truncated or matching": (method.gradient != "implicit", ["inner.loss_every"]),
+        "method.gradient=unrolled, truncated or matching": (
+            method.gradient not in ("implicit", "trajectory"),
+            ["inner.loss_every"],
+        ),
+        "method.gradient=trajectory": (method.gradient == "trajectory", ["dsa", *_under(config, "trajectory")]),
+        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
         "method.synthetic=images or generator": (
             method.synthetic != "network",
             [
-                *_under(config, "inner", "labels"),
+                *_under(config, "inner", "labels", "teacher", "teacher.net"),
                 "eval.nets",
                 "eval.final_nets",
                 "eval.chunk",
@@ -46,13 +51,17 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             method.synthetic == "network",
             [*_under(config, "train"), "data.exclude", "net.dropout", "net.input_dropout"],
         ),
-        "method.loss=distillation": (method.loss == "distillation", _under(config, "kd")),
         "method=kd": (method.name == "kd", ["kd.teachers", "kd.pair", "kd.stopped", "kd.until", "kd.variants"]),
+        "method.loss=distillation": (method.loss == "distillation", _under(config, "kd", "teacher", "teacher.net")),
+        "teacher.path=null": (
+            config.teacher.path is None,
+            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
+        ),
         "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
-        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate"]),
+        "inner.learn_lr=true": (inner.learn_lr, ["inner.rate", "inner.shared_lr"]),
         "meta.optimizer=adam": (meta.optimizer == "adam", ["meta.beta2", "meta.eps"]),
         "meta.schedule=step or cosine": (meta.schedule != "constant", ["meta.decay"]),
         "launch/slurm.py": (slurm, ["cluster", *(k for k in flatten(config) if k.startswith("cluster.") or k in INTERFACE)]),
@@ -62,8 +71,37 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         ),
         "exchange=allreduce": (config.exchange.name == "allreduce", ["exchange.backend"]),
         "method=lower_bound": (method.name == "lower_bound", [k for k in flatten(config) if k.startswith("lower_bound.")]),
+        "method.gradient=trajectory and launch/experts.py": (
+            method.gradient == "trajectory",
+            [k for k in flatten(config) if k.startswith("experts.")],
+        ),
+        **_of_experts(config),
     }
     return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
 
 
+def _of_experts(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What the training of experts reads or not, by its own words."""
+    kind = config.experts.sharpness
+    return {
+        "experts.sharpness=sam or gsam": (kind != "none", ["experts.rho"]),
+        "experts.sharpness=gsam": (kind == "gsam", ["experts.gsam_alpha"]),
+    }
+
+
+def unread_by_experts(config: Config, key: str) -> str | None:
+    """Why launch/experts.py would not read ``key``; None if it does."""
+    section = key.partition(".")[0]
+    if section == "cluster":
+        return "cluster=slurm"
+    if section not in EXPERTS and key not in EXPERTS:
+        return "launch/local.py"
+    return next((what for what, (read, keys) in _of_experts(config).items() if not read and key in keys), None)
+
+
 INTERFACE = ("exchange.interface",)  # on one machine the workers meet on loopback
+EXPERTS = (
+    "data", "net", "experts", "preset", "engine.dtype", "engine.precision", "engine.compile", "run.checkpoint_s", "workers",
+    "device", "threads", "cache_dir", "smoke",
+)  # fmt: skip
+"""Sections and keys that launch/experts.py reads."""

@@ -15,7 +15,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_machine, validate_train
+from metadist.run import validate_machine, validate_method, validate_train
 
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
@@ -31,6 +31,12 @@ METHODS: dict[str, dict[str, str]] = {
         "synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "cross_entropy",
     },
     "kd": {"synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "distillation"},
+    "mtt": {
+        "synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real", "loss": "cross_entropy",
+    },
+    "mtt_kd": {
+        "synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real", "loss": "distillation",
+    },
     "lower_bound": {},
 }  # fmt: skip
 """Published names and the words each of them stands for; the other words are free."""
@@ -42,10 +48,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
     "method.synthetic": ("images", "generator", "network"),
     "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
-    "method.gradient": ("unrolled", "truncated", "implicit", "matching"),
+    "method.gradient": ("unrolled", "truncated", "implicit", "matching", "trajectory"),
     "implicit.solver": ("neumann", "cg"),
     "matching.distance": ("cosine", "l2"),
-    "method.init": ("fixed", "random", "pretrained"),
+    "method.init": ("fixed", "random", "pretrained", "expert"),
     "method.objective": ("real", "poison"),
     "method.loss": ("cross_entropy", "distillation"),
     "pretrained.data": DATA[:-1],
@@ -62,6 +68,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "net.norm": ("none", "batch", "layer", "instance", "group"),
     "net.activation": ("sigmoid", "relu", "leaky"),
     "net.pooling": ("none", "max", "avg"),
+    "teacher.net.name": tuple(n for n in NETS if n not in ("gtn", "custom")),
+    "teacher.net.init": ("xavier", "kaiming", "orthogonal", "default"),
+    "teacher.net.norm": ("none", "batch", "layer", "instance", "group"),
+    "teacher.net.activation": ("sigmoid", "relu", "leaky"),
+    "teacher.net.pooling": ("none", "max", "avg"),
+    "teacher.augment": ("none", "crop", "flip", "crop_flip"),
     "engine.compile": ("auto", "on", "off"),
     "engine.mixed": ("reverse", "forward"),
     "engine.dtype": ("float32", "float64"),
@@ -71,6 +83,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "exchange.backend": ("auto", "gloo", "nccl"),
     "device": ("auto", "cpu", "cuda"),
     "cluster.name": ("slurm", "local", "print"),
+    "experts.sharpness": ("none", "sam", "gsam"),
 }
 
 AT_LEAST_1 = (
@@ -83,6 +96,8 @@ AT_LEAST_1 = (
     "exchange.shards", "cluster.server_cpus",
     "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
     "implicit.steps", "implicit.restart", "implicit.terms", "train.networks",
+    "trajectory.epochs", "trajectory.max_start", "trajectory.replay", "teacher.epochs", "teacher.batch",
+    "experts.count", "experts.epochs", "experts.batch", "experts.group",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -90,15 +105,22 @@ AT_LEAST_0 = (
     "net.depth", "data.split_seed", "cluster.tasks_per_node", "cluster.gpus_per_node", "cluster.mem_gb",
     "cluster.max_num_timeout", "cluster.max_restarts", "cluster.server_mem_gb", "cluster.server_timeout_min",
     "exchange.max_staleness", "exchange.damping", "exchange.batch",
+    "trajectory.min_start", "trajectory.grow", "trajectory.grow_from", "trajectory.batch", "teacher.net.width",
+    "teacher.net.depth", "teacher.weight_decay",
     "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
     "train.weight_decay", "train.max_square", "kd.until", "kd.variants",
+    "experts.images", "experts.weight_decay", "experts.gsam_alpha", "experts.seed",
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
-    "implicit.step", "kd.T", "kd.scale",
+    "implicit.step", "kd.T", "kd.scale", "teacher.lr",
+    "experts.lr", "experts.rho",
 )  # fmt: skip
-BELOW_1 = ("net.dropout", "net.input_dropout", "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema")
+BELOW_1 = (
+    "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum", "teacher.momentum",
+    "net.dropout", "net.input_dropout", "teacher.net.dropout", "teacher.net.input_dropout",
+)  # fmt: skip
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
 RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (AT_LEAST_1, lambda v: v >= 1),
@@ -122,6 +144,7 @@ def validate(config: Config, here: bool = True) -> None:
     _method(config)
     _inner(config)
     validate_train.training(config)
+    validate_method.trajectory(config)
     _data_and_net(config)
     _meta(config)
     validate_machine.machine(config)
@@ -137,6 +160,7 @@ def validate_with_data(config: Config, classes: int) -> None:
         allowed = ", ".join(str(d) for d in range(1, images + 1) if images % d == 0)
         total = f"the {images} distilled images (ipc={config.ipc} x {classes} classes)"
         raise UserError(f"inner.steps={steps} does not divide {total}; allowed: {allowed}")
+    validate_method.trajectory_with_data(config, classes)
     for key in ("attack", "target"):
         given = getattr(config.method, key)
         if config.method.objective == "poison" and given >= classes:
@@ -156,8 +180,9 @@ def _ranges(leaves: dict[str, Any]) -> None:
         for allowed, (keys, fits) in RANGES.items():
             if key in keys and value is not None and not fits(value):
                 raise UserError(f"{key}={value} is out of range; allowed: {allowed}")
-    if leaves["seed"] >= 2**63:
-        raise UserError(f"seed={leaves['seed']} is out of range; allowed: 0 to 2**63 - 1")
+    for key in ("seed", "experts.seed"):
+        if leaves[key] >= 2**63:
+            raise UserError(f"{key}={leaves[key]} is out of range; allowed: 0 to 2**63 - 1")
     sizes = leaves["lower_bound.set_sizes"]
     if not sizes or min(sizes) < 1:
         raise UserError(f"lower_bound.set_sizes={sizes} is out of range; allowed: one or more numbers, each at least 1")
@@ -197,38 +222,13 @@ def _inner(config: Config) -> None:
     if inner.loss_every > (inner.window or total):
         what = f"inner.window={inner.window}" if inner.window else length
         raise UserError(f"inner.loss_every={inner.loss_every} is beyond {what}; allowed: 0 to {inner.window or total}")
-    _generator(config)
-    _gradient(config)
+    validate_method.generator(config)
+    validate_method.stationary(config)
     if inner.learn_momentum and inner.optimizer == "sgd":
         raise UserError("inner.learn_momentum=true needs inner.optimizer=momentum or adam; sgd has no momentum")
     if inner.learn_momentum and inner.momentum == 0:
         raise UserError(
             "inner.learn_momentum=true learns through a sigmoid, which never is 0; start from inner.momentum above 0"
-        )
-
-
-def _generator(config: Config) -> None:
-    if config.method.synthetic == "generator" and config.generator.batch < 2:
-        raise UserError(
-            f"generator.batch={config.generator.batch}: batch normalization makes one image a constant; give 2 or more"
-        )
-
-
-def _gradient(config: Config) -> None:
-    """What implicit gradients and gradient matching can't learn, because their gradient in it is zero."""
-    kind, inner = config.method.gradient, config.inner
-    if kind not in ("implicit", "matching"):
-        return
-    for key, given in (("inner.learn_lr", inner.learn_lr), ("inner.learn_momentum", inner.learn_momentum)):
-        if given:
-            raise UserError(f"{key}=true, but method.gradient={kind} does not differentiate the training's path, so its rates "
-                            f"have no gradient; give {key}=false")  # fmt: skip
-    if kind == "implicit" and config.method.synthetic == "generator" and config.generator.curriculum not in ("full", "none"):
-        raise UserError(f"generator.curriculum={config.generator.curriculum} orders the steps of a training that "
-                        "method.gradient=implicit does not see; give full (learned codes) or none (fresh noise)")  # fmt: skip
-    if kind == "implicit" and not config.implicit.l2 and not config.implicit.damping:
-        raise UserError(
-            "implicit.l2=0 and implicit.damping=0: the Hessian then has directions without curvature; give one above 0"
         )
 
 

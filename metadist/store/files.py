@@ -16,6 +16,7 @@ import errno
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import socket
 import time
@@ -188,20 +189,36 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
 
 def unpack(data: bytes, path: Path | str = "<bytes>") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata in the bytes of a file of ``save_tensors``; Torn (naming ``path``) if they are not all there."""
+    prove(data, path)
+    content = read_header(data, path)[1]
+    try:
+        return safetensors.torch.load(data), content
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
+        raise Torn(path, f"its header is not one of metadist's ({type(e).__name__})") from e
+
+
+def prove(data: bytes | mmap.mmap, path: Path | str) -> None:
+    """Raise Torn (naming ``path``) unless the SHA-256 in the file's bytes is theirs."""
     at = data.find(_MARK) + len(_MARK)
     if at < len(_MARK) or len(data) < at + 64:
         raise Torn(path, "it is cut short or was not written by metadist")
     digest = hashlib.sha256(data[:at])
     digest.update(_ZEROS.encode())
-    digest.update(memoryview(data)[at + 64 :])
+    with memoryview(data) as view, view[at + 64 :] as rest:
+        digest.update(rest)
     if digest.hexdigest().encode() != data[at : at + 64]:
         raise Torn(path, "its SHA-256 does not fit its content (cut short or altered)")
+
+
+def read_header(data: bytes | mmap.mmap, path: Path | str) -> tuple[int, dict[str, Any]]:
+    """(bytes that the whole file must have, metadata) by the header of a file of ``save_tensors``; Torn if it is none."""
+    start = 8 + int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        content: dict[str, Any] = json.loads(header["__metadata__"]["metadist"])["content"]
-        return safetensors.torch.load(data), content
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as e:
-        raise Torn(path, f"its header is not one of metadist's ({type(e).__name__})") from e
+        header = json.loads(data[8:start])
+        content: dict[str, Any] = json.loads(header.pop("__metadata__")["metadist"])["content"]
+        return start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0), content
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Torn(path, "it is cut short or was not written by metadist") from e
 
 
 def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

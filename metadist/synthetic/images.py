@@ -5,6 +5,8 @@ Design choices
 - Pixels start from N(0, 1) in the normalised space (Wang et al. 2018, arXiv 1811.10959).
 - Rates stay positive: "softplus" learns softplus^-1(rate), "raw" the rate itself, clamped at 1e-6. A momentum lives in (0, 1)
   by a sigmoid. Soft labels are the softmax of learned logits.
+- Trajectory matching differentiates N steps, a fraction of a training; what is recorded goes on with the same steps, over and
+  over, for trajectory.replay of them.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ CARRIED = "carried/"  # names of meta-parameters that a task sets anew and nobod
 class Synthetic(ABC):
     """A synthetic set's order of steps, rates and momenta. ``Images`` and ``Generator`` say where its batches come from.
 
-    count: N, images of the recorded training; order: [T], which batch each step uses; classes_of: [N], their classes.
+    count: N, images of the recorded training; order: [T], which batch each of its steps uses; classes_of: [N], their classes.
+    inner_steps: those that a meta-step runs, all T but for trajectory matching.
     """
 
     count: int
@@ -48,7 +51,9 @@ class Synthetic(ABC):
         inner = config.inner
         self.config, self.classes, self.shape = config, classes, tuple(shape)
         self.dtype, self.device = dtype, torch.device(device)
-        self.order = tuple(t % inner.steps for t in range(inner.steps * inner.epochs))
+        self.inner_steps = inner.steps * inner.epochs
+        recorded = config.trajectory.replay if config.method.gradient == "trajectory" else self.inner_steps
+        self.order = tuple(t % inner.steps for t in range(recorded))
         self.optimizer = Optimizer(inner.optimizer, inner.beta2, inner.eps)
 
     @abstractmethod
@@ -70,11 +75,11 @@ class Synthetic(ABC):
         return F.one_hot(classes, self.classes).to(self.dtype) * own
 
     def step_parameters(self) -> Phi:
-        """What is learned of the steps: rate [T], momentum [T]."""
-        inner, steps, phi = self.config.inner, len(self.order), dict[str, Tensor]()
+        """What is learned of the steps: rate [steps], or [1] if they share it; momentum [steps]."""
+        inner, steps, phi = self.config.inner, self.inner_steps, dict[str, Tensor]()
         if inner.learn_lr:
             raw = inner.lr if inner.rate == "raw" else math.log(math.expm1(inner.lr))
-            phi["rate"] = torch.full((steps,), raw, dtype=self.dtype, device=self.device)
+            phi["rate"] = torch.full((1 if inner.shared_lr else steps,), raw, dtype=self.dtype, device=self.device)
         if inner.learn_momentum and inner.optimizer != "sgd":
             logit = math.log(inner.momentum / (1 - inner.momentum))
             phi["momentum"] = torch.full((steps,), logit, dtype=self.dtype, device=self.device)
@@ -84,15 +89,20 @@ class Synthetic(ABC):
         """Learning rates [T], positive."""
         if "rate" not in phi:
             return torch.full((len(self.order),), self.config.inner.lr, dtype=self.dtype, device=self.device)
-        raw = phi["rate"]
+        raw = self._each(phi["rate"])
         return raw.clamp(min=MIN_RATE) if self.config.inner.rate == "raw" else F.softplus(raw)
+
+    def _each(self, learned: Tensor) -> Tensor:
+        """Of every recorded step [T], what was learned of the steps that are run."""
+        times = -(-len(self.order) // len(learned))
+        return learned.repeat(times)[: len(self.order)] if times > 1 else learned
 
     def momenta(self, phi: Phi) -> Tensor | None:
         """Momentum coefficients [T] in [0, 1); None for SGD."""
         if self.config.inner.optimizer == "sgd":
             return None
         if "momentum" in phi:
-            return torch.sigmoid(phi["momentum"])
+            return torch.sigmoid(self._each(phi["momentum"]))
         return torch.full((len(self.order),), self.config.inner.momentum, dtype=self.dtype, device=self.device)
 
     def schedule(self, phi: Phi) -> Tensor:

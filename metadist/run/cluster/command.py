@@ -110,7 +110,7 @@ def _one(words: Sequence[str], config: Config) -> int:
     if config.cluster.name == "print":
         sys.stdout.write(Fleet(place, config.cluster).text if serving else Executor(place, config.cluster).text)
         return 0
-    _ready(config.cluster)
+    check_scheduler(config.cluster)
     if config.cluster.check_mount:
         refuse_local(place)
     precheck(config)
@@ -142,7 +142,7 @@ def _join(words: Sequence[str]) -> int:
     if cluster.name == "print":
         sys.stdout.write(fleet.workers.text)
         return 0
-    _ready(cluster)
+    check_scheduler(cluster)
     array = joined(folder, fleet)
     print(f"submitted array {array}: {fleet.count} more workers for {folder.path}")
     print(f"  logs           {folder.path / LOGS}/{array}_<element>_<rank>_log.out and .err")
@@ -165,7 +165,7 @@ def _sweep(words: Sequence[str]) -> int:
     if cluster.name == "print":
         sys.stdout.write(executor.text)
         return 0
-    _ready(cluster)
+    check_scheduler(cluster)
     for where in {place, *(Path(job.run_dir) for job in todo)} if cluster.check_mount else ():
         refuse_local(where)
     for point in points:
@@ -190,7 +190,8 @@ def _sweep(words: Sequence[str]) -> int:
     return status
 
 
-def _ready(cluster: ClusterConfig) -> None:
+def check_scheduler(cluster: ClusterConfig) -> None:
+    """Raise UserError unless there is a SLURM here that knows the partition."""
     if shutil.which("sbatch") is None:
         raise UserError("cluster=slurm, but there is no sbatch on PATH: run this on a login node of the cluster, "
                         "or give cluster=local or cluster=print")  # fmt: skip

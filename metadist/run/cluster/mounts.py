@@ -23,8 +23,8 @@ def mount_of(path: Path, mounts: str) -> tuple[str, str]:
     return found
 
 
-def refuse_local(path: Path, mounts: str | None = None) -> None:
-    """Raise UserError if only this machine can see ``path``."""
+def refuse_local(path: Path, mounts: str | None = None, key: str = "run_dir") -> None:
+    """Raise UserError if only this machine can see ``path``, which ``key`` says."""
     real = Path(os.path.realpath(path))
     if mounts is None:
         table = Path("/proc/self/mounts")
@@ -39,6 +39,6 @@ def refuse_local(path: Path, mounts: str | None = None) -> None:
     else:
         return
     raise UserError(
-        f"run_dir={path} can't be seen by the nodes ({why}); give a run_dir on a file system that they share, "
+        f"{key}={path} can't be seen by the nodes ({why}); give a {key} on a file system that they share, "
         "or check_mount=false if they do see it"
     )
