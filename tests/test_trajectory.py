@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax, softplus
 
 from metadist.config import Config, DataConfig, InnerConfig, LabelsConfig, MethodConfig, NetConfig
-from metadist.config_trajectory import KdConfig, TrajectoryConfig
+from metadist.config_train import KdConfig
+from metadist.config_trajectory import TrajectoryConfig
 from metadist.data import dsa
 from metadist.run import gradient_check
 from metadist.run import setup as setup_room

@@ -91,14 +91,18 @@ def _keys() -> Iterator[str]:
             top.append(_line(name, defaults, meanings[f"Config.{name}"]))
             continue
         yield f"  {name}: {(ast.get_docstring(classes[kind]) or '').splitlines()[0]}"
-        for n, inner, _ in _fields(classes[kind]):
-            meaning = meanings[f"{kind}.{n}"]
-            yield (
-                f"    {name}.{n}: keys as of a section {n}; {meaning}"
-                if inner in classes
-                else _line(f"{name}.{n}", defaults, meaning)
-            )
+        yield from _section(name, kind, classes, meanings, defaults)
     yield from ["  without a section:", *top]
+
+
+def _section(
+    name: str, kind: str, classes: dict[str, ast.ClassDef], meanings: dict[str, str], defaults: dict[str, Any]
+) -> Iterator[str]:
+    for n, inner, _ in _fields(classes[kind]):
+        if inner in classes:
+            yield from _section(f"{name}.{n}", inner, classes, meanings, defaults)
+        else:
+            yield _line(f"{name}.{n}", defaults, meanings[f"{kind}.{n}"])
 
 
 def _fields(node: ast.ClassDef) -> list[tuple[str, str, int]]:

@@ -11,6 +11,31 @@ def _under(config: Config, *groups: str) -> list[str]:
     return [*groups, *(k for k in flatten(config) if k.startswith(tuple(f"{group}." for group in groups)))]
 
 
+def _training(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What networks alone, and what sets alone read."""
+    method = config.method
+    return {
+        "method.synthetic=images or generator": (
+            method.synthetic != "network",
+            [
+                *_under(config, "inner", "labels", "teacher", "teacher.net"),
+                "eval.nets",
+                "eval.final_nets",
+                "eval.chunk",
+                "engine.mixed",
+                "meta.lr_rate",
+                "meta.lr_labels",
+                "run.image_every",
+            ],
+        ),
+        "method=train or kd": (
+            method.synthetic == "network",
+            [*_under(config, "train"), "data.exclude", "net.dropout", "net.input_dropout"],
+        ),
+        "method=kd": (method.name == "kd", ["kd.teachers", "kd.pair", "kd.stopped", "kd.until", "kd.variants"]),
+    }
+
+
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
@@ -34,24 +59,7 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
         ),
         "method.gradient=trajectory": (method.gradient == "trajectory", ["dsa", *_under(config, "trajectory")]),
         "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
-        "method.synthetic=images or generator": (
-            method.synthetic != "network",
-            [
-                *_under(config, "inner", "labels", "teacher", "teacher.net"),
-                "eval.nets",
-                "eval.final_nets",
-                "eval.chunk",
-                "engine.mixed",
-                "meta.lr_rate",
-                "meta.lr_labels",
-                "run.image_every",
-            ],
-        ),
-        "method=train or kd": (
-            method.synthetic == "network",
-            [*_under(config, "train"), "data.exclude", "net.dropout", "net.input_dropout"],
-        ),
-        "method=kd": (method.name == "kd", ["kd.teachers", "kd.pair", "kd.stopped", "kd.until", "kd.variants"]),
+        **_training(config),
         "method.loss=distillation": (method.loss == "distillation", _under(config, "kd", "teacher", "teacher.net")),
         "teacher.path=null": (
             config.teacher.path is None,
