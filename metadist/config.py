@@ -16,10 +16,11 @@ class MethodConfig:
 
     name: str = "dd_random_init"  # the published name; a run folder and its manifest carry it
     synthetic: str = "images"  # images | generator | network: ordinary training, no set is learned
-    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | trajectory
+    gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | distribution | trajectory
     init: str = "random"  # fixed | random | pretrained | expert
     objective: str = "real"  # real | poison
     loss: str = "cross_entropy"  # of the inner training: cross_entropy | distillation: with a teacher's soft targets beside
+    match: str = "batch"  # matching: batch: along each task's own training | class: class by class, on one learner for all
     attack: int = 0  # poison: class K whose images are to be misread
     target: int = 1  # poison: class T they are to be read as
 
@@ -87,9 +88,20 @@ class ImplicitConfig:
 
 @dataclass
 class MatchingConfig:
-    """method.gradient=matching; the points of the path are inner.loss_every steps apart."""
+    """method.gradient=matching; with match=batch the points of the path are inner.loss_every steps apart."""
 
     distance: str = "cosine"  # cosine: layer by layer, output by output | l2: of the whole, relative
+    outer: int = 1  # match=class: meta-steps of one learner; then another is drawn
+    inner: int = 1  # match=class: its passes over the distilled images between two of them
+    batch: int = 256  # match=class: images of a step of that training
+    lr: float = 0.01  # match=class: its rate, of plain SGD
+
+
+@dataclass
+class ImagesConfig:
+    """method.synthetic=images."""
+
+    start: str = "noise"  # noise: N(0, 1) | real: drawn training images of their classes
 
 
 @dataclass
@@ -219,11 +231,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     kd: KdConfig = field(default_factory=KdConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

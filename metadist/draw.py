@@ -114,8 +114,11 @@ def normal(keys: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float3
     return out.to(dtype).reshape((*keys.shape[:-1], *shape))
 
 
-def integers(keys: Tensor, shape: Sequence[int], high: int) -> Tensor:
-    """Integers uniform on [0, high), high < 2**31: int64 [..., *shape]. Bias at most high / 2**32."""
+def integers(keys: Tensor, shape: Sequence[int], high: int | Tensor) -> Tensor:
+    """Integers uniform on [0, high), high < 2**31: int64 [..., *shape]. Bias at most high / 2**32.
+
+    high: the same for all, or int64 [..., 1] for each key.
+    """
     words = bits(keys, math.prod(shape))
     return ((words * high) >> 32).reshape((*keys.shape[:-1], *shape))
 

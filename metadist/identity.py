@@ -58,6 +58,7 @@ def identity(config: Config) -> dict[str, Any]:
     method, guided = config.method, config.method.loss == "distillation"
     read = {
         "generator.": method.synthetic == "generator",
+        "images.": method.synthetic == "images",
         "implicit.": method.gradient == "implicit",
         "matching.": method.gradient == "matching",
         "trajectory.": method.gradient == "trajectory",

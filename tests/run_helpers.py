@@ -8,6 +8,7 @@ Design choices
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -67,10 +68,11 @@ def until(condition: Callable[[], Any], what: str, times: int = 1) -> Any:
 class Started:
     """One start of the program: its process number, what it wrote, how it ended."""
 
-    def __init__(self, nursery: Nursery, words: Sequence[str], out: Path, fsize: int | None) -> None:
+    def __init__(self, nursery: Nursery, words: Sequence[str], out: Path, fsize: int | None, program: str) -> None:
         self._nursery, self._out, self._err = nursery, out, out.with_suffix(".err")
         self._code: int | None = None
-        self.pid = nursery.ask(do="start", words=list(words), out=str(self._out), err=str(self._err), fsize=fsize)
+        said = {"out": str(self._out), "err": str(self._err)}
+        self.pid = nursery.ask(do="start", words=list(words), **said, fsize=fsize, program=program)
 
     @property
     def out(self) -> str:
@@ -132,14 +134,17 @@ class Nursery:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
-    def start(self, words: Sequence[str], at: Path, fsize: int | None = None) -> Started:
-        """``launch/local.py words``; its output goes to files in ``at``. fsize: largest file in bytes it may write."""
-        self._count += 1
-        return Started(self, words, at / f"start-{self._count:03d}.out", fsize)
+    def start(self, words: Sequence[str], at: Path, fsize: int | None = None, program: str = "metadist.run.command") -> Started:
+        """``launch/local.py words``; its output goes to files in ``at``.
 
-    def run(self, words: Sequence[str], at: Path, times: int = 1) -> Started:
+        fsize: largest file in bytes it may write. program: module whose main it is.
+        """
+        self._count += 1
+        return Started(self, words, at / f"start-{self._count:03d}.out", fsize, program)
+
+    def run(self, words: Sequence[str], at: Path, times: int = 1, program: str = "metadist.run.command") -> Started:
         """Start and wait for success, at most so many times DEADLINE_S."""
-        started = self.start(words, at)
+        started = self.start(words, at, program=program)
         assert started.wait(times) == 0, (started.out, started.err)
         return started
 
@@ -165,8 +170,9 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def _child(request: dict[str, Any]) -> None:
-    from metadist.run.command import main
     from metadist.run.worker import die_with
+
+    main = importlib.import_module(request["program"]).main
 
     die_with(os.getppid())  # whoever kills the tests kills their runs, too
     os.setsid()
@@ -187,6 +193,7 @@ def _child(request: dict[str, Any]) -> None:
 
 def _serve() -> None:
 
+    import metadist.run.experts_job
     import metadist.run.local
     import metadist.run.trainer  # noqa: F401
 

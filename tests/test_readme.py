@@ -33,6 +33,9 @@ def in_small(words: list[str]) -> list[str]:
         words += ["smoke=true", "threads=1", f"data.root={REAL}"]
     if words[1].endswith("slurm.py") and not any(w.startswith("cluster=") for w in words):
         words += ["smoke=true", "tasks=4", "cluster=print"]  # on a real cluster: tests/slurm/test_readme_slurm.py
+    if words[1].endswith("experts.py") and "--help" not in words:
+        words = [w for w in words if not w.startswith(("experts=", "epochs=", "workers="))]
+        words += ["smoke=true", "threads=1", "net.width=4", f"data.root={REAL}"]
     if words[1].endswith("evaluate.py"):
         words += ["nets=2", "epochs=1", "trials=1", "threads=1"] if "check=gradient" not in words else []
     if words[1].endswith("compare.py"):

@@ -6,6 +6,7 @@ Design choices
 - As published, one operation of the strategy is chosen for a batch; the others are the identity. All are applied in one pass
   of fixed shape, so that the choice costs no synchronisation: color, then one resampling (crop, flip, scale, rotate), then
   cutout.
+- Drawn in 24 bits and worked out in float64: the same numbers, rounded, in every dtype.
 - Zeros lie outside the image: in the normalised space, the data's mean.
 - Published strengths: brightness 1, saturation 2, contrast .5, crop by up to an eighth, cutout of half a side, scale up to 1.2,
   rotation up to 15 degrees, flip with probability 1/2.
@@ -53,17 +54,17 @@ def parameters(strategy: str, keys: Tensor, images: int, size: int, dtype: torch
     Raises UserError for an unknown operation.
     """
     lead = (*keys.shape[:-1], images)
-    identity = torch.tensor([0, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0], dtype=dtype, device=keys.device)
+    identity = torch.tensor([0, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0], dtype=torch.float64, device=keys.device)
     out = identity.expand(*lead, WIDTH)
     if strategy == "none":
-        return out
+        return out.to(dtype)
     names = operations(strategy)
     chosen = draw.integers(draw.split(keys, 0), (1,), len(names))
-    u = draw.uniform(draw.split(keys, 1), (images, 3), dtype)
+    u = draw.uniform(draw.split(keys, 1), (images, 3)).to(torch.float64)
     for number, name in enumerate(names):
         own = _OWN[name](u, size, identity)
         out = torch.where((chosen == number).unsqueeze(-1), own, out)
-    return out
+    return out.to(dtype)
 
 
 def apply(parameters: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Design choices
 - Gradient matching differentiates a distance D between gradients. Autograd hands us lambda = dD/dg; one ``mixed`` product
   turns it into the gradients of weights and batch. The forward pass keeps weights and batch, no second-order graph.
+- Weights that ask for no gradient get none: their part of the product, H lambda, is then left out.
 - Once differentiable: the derivative of ``mixed`` would be of third order, and asking for it is refused rather than wrong.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist.metagrad.mixed import Batch, Loss, floats, gradients, mixed, prepare, refill
+from metadist.metagrad.mixed import Batch, Loss, floats, gradients, mixed, prepare, pullback, refill
 
 
 def inner_gradient(loss: Loss, theta: Tensor, batch: Batch, form: str = "reverse", shared: bool = True) -> Tensor:
@@ -45,6 +46,9 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
         # The saved tensors are used, not the kept batch: they tell when a member was overwritten since the forward pass.
         theta, *values = ctx.saved_tensors
+        if not ctx.needs_input_grad[4] and ctx.form == "reverse":
+            _, pull = pullback(lambda *v: gradients(ctx.loss, theta, refill(ctx.batch, v), ctx.shared), *values)
+            return (None, None, None, None, None, *pull(lam))
         product = mixed(ctx.loss, theta, refill(ctx.batch, tuple(values)), lam, ctx.form, ctx.shared)
         parts = (p for p in product.batch if p is not None)
         return (None, None, None, None, product.hessian_lambda, *parts)

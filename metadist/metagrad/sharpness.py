@@ -36,10 +36,11 @@ def sharpness_aware(loss: Loss, kind: str, rho: float, alpha: float = 0.0) -> Lo
         if kind == "sam":
             return worst
         along = worst / (worst.norm() + TINY)
-        across = here - along * (along * here).sum()
+        across: Tensor = here - along * (along * here).sum()
         return worst - alpha * across
 
     def directed(theta: Tensor, batch: Batch) -> Tensor:
-        return (theta * direction(theta.detach(), batch).detach()).sum()
+        value: Tensor = (theta * direction(theta.detach(), batch).detach()).sum()
+        return value
 
     return directed

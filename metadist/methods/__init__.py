@@ -8,7 +8,9 @@ from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
 from metadist.metagrad.inner import Inner
+from metadist.methods.dc import Condensation
 from metadist.methods.dd import Distillation, Window, whole
+from metadist.methods.dm import Distribution
 from metadist.methods.implicit import Implicit
 from metadist.methods.matching import Matching
 from metadist.methods.poison import relabelled
@@ -52,6 +54,10 @@ def build(
     if method.gradient == "implicit":
         penalized = inner.but(loss=with_l2(inner.loss, config.implicit.l2))
         return Implicit(config, data, synthetic, inner, starts, penalized, relabel)
+    if method.match == "class":
+        assert isinstance(synthetic, Images)
+        kind = Distribution if method.gradient == "distribution" else Condensation
+        return kind(config, data, synthetic, inner, starts, learner)
     if method.gradient == "matching":
         return Matching(config, data, synthetic, inner, starts, learner, relabel)
     return Distillation(config, data, synthetic, inner, starts, window_of(config), relabel)

@@ -88,7 +88,8 @@ class Trajectory(Distillation):
         augmentation = torch.zeros(0, dtype=self.images.dtype, device=self.images.device)
         if strategy != "none":
             keys = draw.split(draw.key(seed, "dsa", step, tasks)[:, None], torch.arange(n))
-            augmentation = dsa.parameters(strategy, keys, self.batch, self.images.shape[-1], self.images.dtype)
+            # Drawn in float32 whatever the type: the exact gradient in float64 is that of the same augmentation.
+            augmentation = dsa.parameters(strategy, keys, self.batch, self.images.shape[-1]).to(self.images.dtype)
         return Segment(*self.segments.segments(step, tasks), rows, augmentation)
 
     def loss(self, phi: Phi, task: Any) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from metadist.metagrad.execution import Captured
 from metadist.synthetic.images import Phi
 
-_SLOT = object()  # stands for a tensor
+_TENSOR = object()  # stands for a task's tensors among its static members, of which None may be one
 
 
 class Method(Protocol):
@@ -78,14 +78,14 @@ class Compute:
     def _one(self, phi: Phi, task: Any, weight: Tensor) -> Tensor:
         if not self._static:
             return self._plain(phi, task, weight)
-        # Static members (integers, tuples of them, None) select the graph; tensors are its inputs.
-        fixed = tuple(_SLOT if isinstance(v, Tensor) else v for v in task)
+        # Static members (integers, tuples of them) select the graph; tensors are its inputs.
+        fixed = tuple(_TENSOR if isinstance(v, Tensor) else v for v in task)
         if fixed not in self._captured:
             kind = type(task)
 
             def whole(phi: Phi, tensors: tuple[Tensor, ...], weight: Tensor) -> Tensor:
                 it = iter(tensors)
-                return self._plain(phi, kind(*(next(it) if v is _SLOT else v for v in fixed)), weight)
+                return self._plain(phi, kind(*(next(it) if v is _TENSOR else v for v in fixed)), weight)
 
             self._captured[fixed] = Captured(whole)
         result: Tensor = self._captured[fixed](

@@ -161,17 +161,18 @@ def outcome(config: Config, folder: Path) -> str:
     return text
 
 
-def time_left(config: Config, folder: Path, workers: int) -> Callable[[float], str]:
-    """A function of the seconds an epoch of one network takes: ", 12/100 done, about 35m left"."""
+def time_left(config: Config, folder: Path, workers: int) -> Callable[[float, int], str]:
+    """What is left, in words, as a function of the seconds an epoch of a network takes and of the epochs begun."""
 
-    def left(each: float) -> str:
+    def left(each: float, begun: int) -> str:
         from metadist.run.trajectories import members
         from metadist.store.experts import file_name, listing
 
         names = listing(folder)
         experts = [i for task in groups(config) for i in members(config, int(task))]
         ready = sum(file_name(i) in names for i in experts)
-        seconds = (len(experts) - ready) * config.experts.epochs * each / workers
-        return f"; {ready}/{len(experts)} done, at most {duration(seconds)} left"
+        # Each worker sees its own epochs; the others are taken to be as far.
+        epochs = (len(experts) - ready) * config.experts.epochs - workers * begun
+        return f"{ready} of {len(experts)} done, about {duration(max(epochs, 0) * each / workers)} left"
 
     return left

@@ -32,7 +32,8 @@ from metadist.errors import RunError, UserError, unknown
 from metadist.run import validate_machine
 from metadist.run.compose import compose
 from metadist.run.environment import cores
-from metadist.run.experts import done, experts_dir, groups, outcome, work
+from metadist.run.experts import done, experts_dir, groups, outcome, recipe, work
+from metadist.run.guard import guarded
 from metadist.run.queue import run_workers
 from metadist.run.signals import SIGNALS, Stop, stop_status
 from metadist.run.unread import unread_by_experts
@@ -88,16 +89,18 @@ def _together(config: Config, folder: Path, threads: int) -> tuple[int, str]:
     paths = os.pathsep.join(p for p in sys.path if p)  # a user's own module is found as it is here
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
     status, text = run_workers([sys.executable, "-m", "metadist.run.experts_command", str(folder)], config.workers, environment)
-    if status == 1 and "killed" in text:
+    if status == 1 and text.startswith("worker"):  # all of them were killed: nobody has said anything
         raise RunError(f"{text}; run the same command again to go on")
     return status, text
 
 
 def open_folder(config: Config) -> Path:
-    """Make the store's folder, and leave there what its workers read. Raises UserError if it can't be made."""
+    """Make the store's folder, and leave there what its workers read. Raises UserError if it can't be made or is another's."""
     from metadist.store import atomic_write
+    from metadist.store.experts import check_recipe
 
     folder = experts_dir(config)
+    check_recipe(folder, recipe(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -107,8 +110,8 @@ def open_folder(config: Config) -> Path:
     return folder
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status of `launch/experts.py` on these words. Raises UserError and RunError."""
+def experts(argv: Sequence[str]) -> int:
+    """``launch/experts.py``. Raises UserError and RunError."""
     flags = [word for word in argv if word.startswith("-")]
     words = [SHORT.get(key, key) + sep + value for key, sep, value in (w.partition("=") for w in argv if w not in flags)]
     if wrong := next((f for f in flags if f not in FLAGS), None):
@@ -131,6 +134,11 @@ def main(argv: Sequence[str]) -> int:
     return start(words, config)
 
 
+def main(argv: Sequence[str]) -> int:
+    """``launch/experts.py`` with its exit status."""
+    return guarded(experts, argv)
+
+
 def _here(config: Config) -> None:
     config.tasks = max(config.tasks, config.workers)  # a run's meta-batch: no bound of ours
 
@@ -143,6 +151,7 @@ def worker(folder: Path) -> int:
     with Stop() as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held back by the launcher until now
         try:
+            os.environ.setdefault("LOCAL_RANK", os.environ.get("METADIST_WORKER", "0"))  # of several GPUs, which
             config = config_from_dict(json.loads((folder / "config.json").read_text()))
             finished = work(config, folder, lambda: stop.requested is not None)
         except Exception as e:

@@ -31,7 +31,7 @@ USAGE = """usage: python launch/local.py [-m] [--cfg] [key=value ...]
 The same command on a run folder resumes it. Keys given here beat a preset's, which beat its method's, data set's and network's.
 `python launch/runs.py` lists and compares run folders."""
 
-FIELDS = ("source", "cost", "command", "expect")
+FIELDS = ("source", "cost", "experts", "command", "expect")
 
 
 def header(group: str, option: str) -> dict[str, str]:
@@ -91,18 +91,11 @@ def _keys() -> Iterator[str]:
             top.append(_line(name, defaults, meanings[f"Config.{name}"]))
             continue
         yield f"  {name}: {(ast.get_docstring(classes[kind]) or '').splitlines()[0]}"
-        yield from _section(name, kind, classes, meanings, defaults)
+        for leaf, of, _ in _fields(classes[kind]):
+            key, meaning = f"{name}.{leaf}", meanings[f"{kind}.{leaf}"]
+            # A section inside a section has the keys of its kind's own: teacher.net those of net.
+            yield f"    {key}.*".ljust(38) + f"  {meaning}" if of in classes else _line(key, defaults, meaning)
     yield from ["  without a section:", *top]
-
-
-def _section(
-    name: str, kind: str, classes: dict[str, ast.ClassDef], meanings: dict[str, str], defaults: dict[str, Any]
-) -> Iterator[str]:
-    for n, inner, _ in _fields(classes[kind]):
-        if inner in classes:
-            yield from _section(f"{name}.{n}", inner, classes, meanings, defaults)
-        else:
-            yield _line(f"{name}.{n}", defaults, meanings[f"{kind}.{n}"])
 
 
 def _fields(node: ast.ClassDef) -> list[tuple[str, str, int]]:

@@ -73,14 +73,14 @@ def kind_of(key: str) -> str:
 
 
 def nearest(key: str, count: int = 3) -> list[str]:
-    """The known keys most like a wrong one: the same last word first, then those spelt alike."""
+    """The known keys most like a wrong one: all of the same last word, then those spelt alike, ``count`` in all or more."""
     known = [*keys(), *groups()]
     last = key.split(".")[-1]
     same = [k for k in known if k.split(".")[-1] == last]
     alike = difflib.get_close_matches(key, known, n=count, cutoff=0.6)
     ends = difflib.get_close_matches(last, sorted({k.split(".")[-1] for k in known}), n=count, cutoff=0.7)
     by_end = [k for end in ends for k in known if k.split(".")[-1] == end]
-    return list(dict.fromkeys(same + alike + by_end))[:count]
+    return list(dict.fromkeys(same + alike + by_end))[: max(count, len(same))]
 
 
 def parse(words: Sequence[str], config_loader: Any = None) -> list[Override]:

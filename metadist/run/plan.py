@@ -84,6 +84,8 @@ def _worth_compiling(setup: Job, group: int, most: int, rounds: int) -> bool:
         return False
     if setup.device.type == "cuda":
         return True
+    if setup.config.method.match == "class":  # little of a meta-step is the training that compilation speeds up
+        return False
     compute = Compute(setup.method, group, setup.device, setup.static)
     seconds = _trial(setup, compute, most)
     return seconds * SAVED * rounds > 2 * COMPILE_S

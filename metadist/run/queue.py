@@ -177,10 +177,12 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-    @property
-    def text(self) -> str:
-        self.said.seek(0)
-        return self.said.read()[-8192:].decode(errors="replace").strip()
+    def end(self) -> str:
+        """Wait for it; what it said."""
+        self.process.wait()
+        with self.said:
+            self.said.seek(0)
+            return self.said.read()[-8192:].decode(errors="replace").strip()
 
 
 def run_workers(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
@@ -212,8 +214,8 @@ def run_workers(command: Sequence[str], count: int, environment: Mapping[str, st
             failed = _wait(workers, forward)
         finally:
             kill()
-            codes = [worker.process.wait() for worker in workers]
-            words = [worker.text for worker in workers]
+            words = [worker.end() for worker in workers]
+    codes = [worker.process.returncode for worker in workers]
     if failed is not None:
         return codes[failed], words[failed]
     if stop.requested:

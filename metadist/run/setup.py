@@ -112,11 +112,17 @@ def starts_of(config: Config, learner: Learner, data: Data, device: torch.device
 
 
 def experts_of(config: Config) -> Experts:
-    """The experts of a configuration. Raises UserError, with the command that makes them, if they are missing."""
-    from metadist.run.experts import open_experts  # which composes configurations: other runs need not load Hydra
+    """The experts of a configuration. Raises UserError, with the command that makes them, if they are missing.
 
-    experts: Experts = open_experts(config)
-    return experts
+    A smoke run's experts are made here: they take a second.
+    """
+    from metadist.run.experts import experts_dir, open_experts, work  # they load Hydra, which other runs can spare
+
+    if config.smoke and config.experts.path is None:
+        folder = experts_dir(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        work(config, folder, lambda: False)
+    return open_experts(config)
 
 
 def guide_of(config: Config, learner: Learner, data: Data, device: torch.device) -> Guide | None:
@@ -130,8 +136,10 @@ def guide_of(config: Config, learner: Learner, data: Data, device: torch.device)
 
 def synthetic_of(config: Config, data: Data, dtype: torch.dtype, device: torch.device) -> Synthetic:
     """What is learned. Raises UserError for images that the generator can't make."""
-    kind = Generator if config.method.synthetic == "generator" else Images
-    return kind(config, len(data.classes), data.train.x.shape[1:], dtype, device)
+    classes, shape = len(data.classes), data.train.x.shape[1:]
+    if config.method.synthetic == "generator":
+        return Generator(config, classes, shape, dtype, device)
+    return Images(config, classes, shape, dtype, device, data.train)
 
 
 def build(config: Config, data: Data | None = None, learner: Learner | None = None) -> Setup:

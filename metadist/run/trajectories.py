@@ -36,7 +36,7 @@ _STATISTICS = 10  # batches that BatchNorm's statistics are averaged over
 
 @dataclass(frozen=True)
 class Job:
-    """What every group of a job has in common. say: takes a line for people; left: seconds to go, of seconds an epoch."""
+    """What every group of a job has in common. say: takes a line for people; left: see ``time_left``."""
 
     config: Config
     data: Data
@@ -45,7 +45,7 @@ class Job:
     folder: Path
     key: str
     say: Callable[[str], None]
-    left: Callable[[float], str]
+    left: Callable[[float, int], str]
 
     @property
     def images(self) -> int:
@@ -159,7 +159,7 @@ def _train(job: Job, ids: Sequence[int], wanted: Sequence[int], stop: Callable[[
             if not rest and time.monotonic() - said > _SAY_S:
                 said = time.monotonic()
                 each = (said - began) / (run.step - first) * job.steps / len(ids)
-                job.say(f"{name(ids)}: epoch {epoch}/{c.epochs}, {each:.3g} s an epoch and network{job.left(each)}")
+                job.say(f"{name(ids)}: epoch {epoch}/{c.epochs}, {each:.3g} s each; {job.left(each, epoch * len(ids))}")
         _finish(job, run, wanted)
 
 

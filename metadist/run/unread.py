@@ -39,6 +39,8 @@ def _training(config: Config) -> dict[str, tuple[bool, list[str]]]:
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
     """Keys that this run would not read, and what they belong to. A user who gives one has something else in mind."""
     method, inner, meta = config.method, config.inner, config.meta
+    classwise = method.match == "class"
+    trained = classwise and method.gradient == "matching"
     belong = {
         "method.init=pretrained": (method.init == "pretrained", [k for k in flatten(config) if k.startswith("pretrained.")]),
         "method.objective=poison": (method.objective == "poison", ["method.attack", "method.target"]),
@@ -57,15 +59,16 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             method.gradient not in ("implicit", "trajectory"),
             ["inner.loss_every"],
         ),
-        "method.gradient=trajectory": (method.gradient == "trajectory", ["dsa", *_under(config, "trajectory")]),
-        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
-        **_training(config),
-        "method.loss=distillation": (method.loss == "distillation", _under(config, "kd", "teacher", "teacher.net")),
-        "teacher.path=null": (
-            config.teacher.path is None,
-            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
+        "method.gradient=matching or distribution": (method.gradient in ("matching", "distribution"), ["method.match"]),
+        "method.match=batch": (not classwise, ["inner.loss_every"]),
+        "method.match=class or method.gradient=trajectory": (classwise or method.gradient == "trajectory", ["dsa"]),
+        "method=dc or dsa": (trained, ["matching.outer"]),
+        "method=dc or dsa with matching.outer above 1": (
+            trained and config.matching.outer > 1,
+            ["matching.inner", "matching.batch", "matching.lr"],
         ),
-        "method.synthetic=images": (method.synthetic == "images", ["ipc"]),
+        **_training(config),
+        "method.synthetic=images": (method.synthetic == "images", ["ipc", "images", "images.start"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),
         "inner.optimizer=adam": (inner.optimizer == "adam", ["inner.beta2", "inner.eps"]),
@@ -84,8 +87,26 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             [k for k in flatten(config) if k.startswith("experts.")],
         ),
         **_of_experts(config),
+        **_of_trajectories(config),
     }
     return {key: what for what, (read, keys) in belong.items() if not read for key in keys}
+
+
+def _of_trajectories(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What trajectory matching and a teacher beside it read, and what the former does not."""
+    method = config.method
+    return {
+        "method.gradient=trajectory": (method.gradient == "trajectory", _under(config, "trajectory")),
+        "another method.gradient than trajectory": (method.gradient != "trajectory", ["real_batch"]),
+        "method.loss=distillation": (
+            method.loss == "distillation",
+            [*_under(config, "kd"), *_under(config, "teacher"), *_under(config, "teacher.net")],
+        ),
+        "teacher.path=null": (
+            config.teacher.path is None,
+            ["teacher.epochs", "teacher.lr", "teacher.momentum", "teacher.weight_decay", "teacher.batch", "teacher.augment"],
+        ),
+    }
 
 
 def _of_experts(config: Config) -> dict[str, tuple[bool, list[str]]]:

@@ -15,8 +15,9 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_machine, validate_method, validate_train
+from metadist.run import validate_class, validate_machine, validate_method, validate_train
 
+_TRAJECTORY = {"synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real"}
 METHODS: dict[str, dict[str, str]] = {
     "dd_fixed_init": {"init": "fixed", "objective": "real"},
     "dd_random_init": {"init": "random", "objective": "real"},
@@ -27,18 +28,15 @@ METHODS: dict[str, dict[str, str]] = {
     "gtn_implicit": {"synthetic": "generator", "gradient": "implicit", "objective": "real"},
     "gtn_matching": {"synthetic": "generator", "gradient": "matching", "objective": "real"},
     "gtn": {"synthetic": "generator", "gradient": "unrolled", "objective": "real"},
-    "train": {
-        "synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "cross_entropy",
-    },
+    "mtt": {**_TRAJECTORY, "loss": "cross_entropy"},
+    "mtt_kd": {**_TRAJECTORY, "loss": "distillation"},
+    "dc": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
+    "dsa": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
+    "dm": {"synthetic": "images", "gradient": "distribution", "match": "class", "init": "random", "objective": "real"},
+    "train": {"synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "cross_entropy"},
     "kd": {"synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "distillation"},
-    "mtt": {
-        "synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real", "loss": "cross_entropy",
-    },
-    "mtt_kd": {
-        "synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real", "loss": "distillation",
-    },
     "lower_bound": {},
-}  # fmt: skip
+}
 """Published names and the words each of them stands for; the other words are free."""
 
 DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder", "distilled")
@@ -48,7 +46,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
     "method.synthetic": ("images", "generator", "network"),
     "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
-    "method.gradient": ("unrolled", "truncated", "implicit", "matching", "trajectory"),
+    "method.gradient": ("unrolled", "truncated", "implicit", "matching", "distribution", "trajectory"),
+    "method.match": ("batch", "class"),
+    "images.start": ("noise", "real"),
     "implicit.solver": ("neumann", "cg"),
     "matching.distance": ("cosine", "l2"),
     "method.init": ("fixed", "random", "pretrained", "expert"),
@@ -98,6 +98,7 @@ AT_LEAST_1 = (
     "implicit.steps", "implicit.restart", "implicit.terms", "train.networks",
     "trajectory.epochs", "trajectory.max_start", "trajectory.replay", "teacher.epochs", "teacher.batch",
     "experts.count", "experts.epochs", "experts.batch", "experts.group",
+    "matching.outer", "matching.inner", "matching.batch",
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -114,8 +115,7 @@ AT_LEAST_0 = (
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
-    "implicit.step", "kd.T", "kd.scale", "teacher.lr",
-    "experts.lr", "experts.rho",
+    "implicit.step", "kd.T", "kd.scale", "teacher.lr", "experts.lr", "experts.rho", "matching.lr",
 )  # fmt: skip
 BELOW_1 = (
     "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum", "teacher.momentum",
@@ -145,6 +145,8 @@ def validate(config: Config, here: bool = True) -> None:
     _inner(config)
     validate_train.training(config)
     validate_method.trajectory(config)
+    validate_class.by_class(config)
+    validate_class.augmentation(config)
     _data_and_net(config)
     _meta(config)
     validate_machine.machine(config)
@@ -161,6 +163,7 @@ def validate_with_data(config: Config, classes: int) -> None:
         total = f"the {images} distilled images (ipc={config.ipc} x {classes} classes)"
         raise UserError(f"inner.steps={steps} does not divide {total}; allowed: {allowed}")
     validate_method.trajectory_with_data(config, classes)
+    validate_class.tasks(config, classes)
     for key in ("attack", "target"):
         given = getattr(config.method, key)
         if config.method.objective == "poison" and given >= classes:

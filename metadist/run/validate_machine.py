@@ -26,13 +26,12 @@ def server(config: Config) -> None:
     if config.method.name == "lower_bound":
         raise UserError("method=lower_bound takes a second on one core; leave exchange=server out")
     batch = c.batch or tasks
-    if config.method.gradient == "implicit" and config.implicit.warm_start:
-        stale = c.max_staleness or c.deadline_s or batch != tasks or c.wire != "full"
-        if stale:
-            raise UserError(
-                "implicit.warm_start=true carries learners from one meta-step to the next: with exchange=server give "
-                "exchange.max_staleness=0 (no batch, deadline_s, wire), or implicit.warm_start=false"
-            )
+    carrying = _carrying(config)
+    if carrying is not None and (c.max_staleness or c.deadline_s or batch != tasks or c.wire != "full"):
+        raise UserError(
+            f"{carrying[0]} carries learners from one meta-step to the next: with exchange=server give "
+            f"exchange.max_staleness=0 (no batch, deadline_s, wire), or {carrying[1]}"
+        )
     for key, given, what in (("tasks", tasks, "a meta-step's tasks"), ("exchange.batch", batch, "the tasks a meta-step takes")):
         if c.item and given % c.item:
             raise UserError(f"exchange.item={c.item} does not divide {key}={given}, {what}; allowed: divisors of it, or 0")
@@ -41,6 +40,15 @@ def server(config: Config) -> None:
                         f"{-(-batch // (c.item or 1))}, or 0")  # fmt: skip
     if config.engine.dtype == "float64" and c.wire != "full":
         raise UserError(f"exchange.wire={c.wire} is for engine.dtype=float32; float64 is exact, use full")
+
+
+def _carrying(config: Config) -> tuple[str, str] | None:
+    """What makes this method carry learners, and what would end it; None if it carries none."""
+    if config.method.gradient == "implicit" and config.implicit.warm_start:
+        return "implicit.warm_start=true", "implicit.warm_start=false"
+    if config.method.gradient == "matching" and config.method.match == "class" and config.matching.outer > 1:
+        return f"matching.outer={config.matching.outer}", "matching.outer=1"
+    return None
 
 
 def gpu(config: Config) -> None:

@@ -62,13 +62,7 @@ def trajectory(config: Config) -> None:
 
 def trajectory_with_data(config: Config, classes: int) -> None:
     """What only the data can tell. Raises UserError."""
-    from metadist.data import dsa  # with torch, which a configuration's first checks go without
-    from metadist.data.sources import DIGIT_SETS
-
     images, batch = config.ipc * classes, config.trajectory.batch
-    if config.dsa != "none" and "flip" in dsa.operations(config.dsa) and config.data.name in DIGIT_SETS:
-        raise UserError(f"dsa={config.dsa} mirrors images, and a mirrored digit of {config.data.name} is no digit; give "
-                        f"{dsa.MIRROR_FREE}")  # fmt: skip
     if config.method.gradient == "trajectory" and batch > images:
         raise UserError(f"trajectory.batch={batch} is more than the {images} distilled images (ipc={config.ipc} x {classes} "
                         f"classes); allowed: 1 to {images}, or 0")  # fmt: skip

@@ -100,6 +100,12 @@ class Trajectory:
         return out
 
 
+def check_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Raise UserError, which names what differs, if the folder is another recipe's; a folder without experts is anybody's."""
+    if (folder / "manifest.json").exists():
+        _compare(folder, _manifest(folder)["recipe"], json.loads(json.dumps(recipe)))
+
+
 def prepare(folder: Path, recipe: Mapping[str, Any], parameters: Mapping[str, Sequence[int]]) -> str:
     """Make a store's folder, or check that it is this recipe's; returns the recipe's key.
 
@@ -172,7 +178,8 @@ class ExpertStore:
         if wrong := [e for e in epochs if not 0 <= e <= self.epochs]:
             raise UserError(f"expert {expert} has no snapshot after epoch {wrong[0]}; allowed: 0 to {self.epochs}")
         file = self._open(expert)
-        theta, exponents = file.get_tensor("first"), file.get_tensor("exponents").tolist()
+        # A copy: what safetensors gives is the mapped memory itself.
+        theta, exponents = file.get_tensor("first").clone(), file.get_tensor("exponents").tolist()
         codes, out = file.get_slice("codes"), torch.empty(len(epochs), self.size)
         for epoch in range(max(epochs, default=0) + 1):
             if epoch:

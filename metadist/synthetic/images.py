@@ -2,7 +2,7 @@
 
 Design choices
 - Image i has class i mod classes, so every inner batch is as balanced as its size allows.
-- Pixels start from N(0, 1) in the normalised space (Wang et al. 2018, arXiv 1811.10959).
+- Pixels start from N(0, 1) in the normalised space (Wang et al. 2018, arXiv 1811.10959), or from drawn real images.
 - Rates stay positive: "softplus" learns softplus^-1(rate), "raw" the rate itself, clamped at 1e-6. A momentum lives in (0, 1)
   by a sigmoid. Soft labels are the softmax of learned logits.
 - Trajectory matching differentiates N steps, a fraction of a training; what is recorded goes on with the same steps, over and
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from metadist import draw
 from metadist.config import Config
+from metadist.data import Split, baseline
 from metadist.metagrad.mixed import Batch
 from metadist.metagrad.optimizers import Optimizer
 
@@ -92,6 +93,12 @@ class Synthetic(ABC):
         raw = self._each(phi["rate"])
         return raw.clamp(min=MIN_RATE) if self.config.inner.rate == "raw" else F.softplus(raw)
 
+    @property
+    def least(self) -> dict[str, float]:
+        """Bounds that a meta-step must not lead below: a raw rate on its clamp would have no gradient ever after."""
+        inner = self.config.inner
+        return {"rate": 1.01 * MIN_RATE} if inner.learn_lr and inner.rate == "raw" else {}
+
     def _each(self, learned: Tensor) -> Tensor:
         """Of every recorded step [T], what was learned of the steps that are run."""
         times = -(-len(self.order) // len(learned))
@@ -113,25 +120,42 @@ class Synthetic(ABC):
 class Images(Synthetic):
     """What is learned when method.synthetic=images.
 
-    config: ipc, inner.*, labels.*, seed.
+    config: ipc, images.start, inner.*, labels.*, seed.
     classes: number of classes K.
     shape: (C, H, W) of an image.
     dtype, device: of the parameters.
+    real: training images, for images.start=real.
     """
 
     def __init__(
-        self, config: Config, classes: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+        self,
+        config: Config,
+        classes: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        real: Split | None = None,
     ) -> None:
         """Fix sizes and order; ``parameters`` makes the tensors."""
         super().__init__(config, classes, shape, dtype, device)
+        self.real = real
         self.count = config.ipc * classes
         self.classes_of = torch.arange(self.count, device=self.device) % classes
 
     def parameters(self) -> Phi:
-        """The meta-parameters before the first meta-step: images [N, C, H, W], rate [T], momentum [T], labels [N, K]."""
-        key = draw.key(self.config.seed, "images", 0, torch.zeros((), dtype=torch.int64, device=self.device))
-        phi = {"images": draw.normal(key, (self.count, *self.shape), self.dtype)} | self.step_parameters()
+        """The meta-parameters before the first meta-step: images [N, C, H, W], rate [T], momentum [T], labels [N, K].
+
+        Raises UserError for images.start=real where a class has too few real images.
+        """
+        phi = {"images": self._pixels()} | self.step_parameters()
         return phi | ({"labels": self.soft_labels(self.classes_of)} if self.config.labels.kind == "soft" else {})
+
+    def _pixels(self) -> Tensor:
+        if self.config.images.start == "real":
+            assert self.real is not None
+            return baseline("random", self.real, self.classes, self.config.ipc, self.config.seed)[0].clone()
+        key = draw.key(self.config.seed, "images", 0, torch.zeros((), dtype=torch.int64, device=self.device))
+        return draw.normal(key, (self.count, *self.shape), self.dtype)
 
     def labels(self, phi: Phi) -> Tensor:
         """Classes [N] int64, or probabilities [N, K] if soft."""
