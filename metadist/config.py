@@ -156,12 +156,12 @@ class DataConfig:
 class NetConfig:
     """The learner."""
 
-    name: str = "lenet"  # mlp | lenet | alexcifar | convnet | resnet18 | resnet50 | gtn | plain | resnet_cifar | custom
+    name: str = "lenet"  # mlp|lenet|alexcifar|convnet|resnet18|resnet50|gtn|alexnet|vgg11|plain|resnet_cifar|custom
     init: str = "xavier"  # xavier | kaiming | orthogonal | default
     width: int = 0  # 0: the net's own default
     depth: int = 0  # 0: the net's own default
     draw_width: bool = False  # gtn: every learner's channels are drawn, from half to twice those of `width`
-    norm: str = "instance"  # convnet: none | batch | layer | instance | group
+    norm: str = "instance"  # convnet, vgg11: none | batch | layer | instance | group
     activation: str = "relu"  # sigmoid | relu | leaky
     pooling: str = "avg"  # none | max | avg
     weight_norm: bool = False  # W = g V / |V| in every convolution and linear layer

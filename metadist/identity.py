@@ -29,7 +29,7 @@ SERVER = tuple(
 )  # fmt: skip
 """Keys that exchange=server alone reads."""
 
-FREE = ("net.kwargs", "cluster.additional_parameters")  # leaves that hold keys of their own
+FREE = ("net.kwargs", "teacher.net.kwargs", "cluster.additional_parameters")  # leaves that hold keys of their own
 
 
 def flatten(config: Config) -> dict[str, Any]:

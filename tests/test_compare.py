@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -153,3 +154,14 @@ def test_a_chain_is_run_in_order_once_with_its_gap_and_its_compute(
     assert "32-4: recovers" in out and "12 %" in out and (tmp_path / "out" / "comparison.png").stat().st_size > 5000
     assert compare_networks.main([*words, "json=true"]) == 0 and len(started) == 6  # nothing is repeated
     assert guarded(compare_networks.main, [*words, "seed=3"]) == 2
+
+
+def test_runs_of_one_cost_get_the_steps_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds, lengths = iter((2.0, 5.0, 2.0, 5.0)), []
+    monkeypatch.setattr(compare, "probe", lambda words: {"step_s": next(seconds), "bytes": 0})
+    monkeypatch.setattr(compare, "run_child", lambda job, forward: lengths.append(job.words[-2]) or 0)
+    for name, longer in (("gtn_weight_norm", "steps=300"), ("gtn_three_gradients", "steps=120")):
+        found, _, _ = compare.read([f"preset={name}", "budget_min=10"])
+        two = dataclasses.replace(found, runs=dict(list(found.runs.items())[:2]), memory_steps=())
+        assert compare.run_all(two, tmp_path / name, compare.Record(tmp_path / name / "comparison.json"))
+        assert lengths[-2:] == ["steps=300", longer]

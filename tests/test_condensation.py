@@ -390,6 +390,7 @@ def of_run(*given: str) -> list[str]:
     return [*RUN, "method=dsa", "engine.group=5", *given]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_a_run_ends_the_same(tmp_path: Path) -> None:
     """Bit for bit: images, carried learner, momenta, both sets."""
     given = of_run("steps=24", "eval.every=10", "run.checkpoint_every=3")

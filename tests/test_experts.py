@@ -385,6 +385,7 @@ def checkpoints(at: Path) -> list[Path]:
     return list(at.glob("experts/*/partial/*/step-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_files_are_the_same(nursery: Nursery, tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     rng, before = random.Random(7), ""
     for _ in range(3):
@@ -419,6 +420,7 @@ def test_a_signal_leaves_a_checkpoint_and_one_line(nursery: Nursery, tmp_path: P
     assert made(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_same_files_though_one_is_killed(
     nursery: Nursery, tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:

@@ -54,6 +54,10 @@ def refused(part: str):  # type: ignore[no-untyped-def]
         (NetConfig(name="mlp", width=5, depth=1), 3, 4, 48 * 5 + 5 + 60),
         (NetConfig(name="resnet18"), 3, 32, 11_173_962),
         (NetConfig(name="resnet50"), 3, 32, 23_520_842),
+        (NetConfig(name="alexnet"), 3, 32, 9728 + 614_592 + 442_624 + 442_560 + 331_968 + 3072 * 10 + 10),
+        (NetConfig(name="alexnet"), 1, 28, 3328 + 614_592 + 442_624 + 442_560 + 331_968 + 3072 * 10 + 10),
+        (NetConfig(name="vgg11"), 3, 32, 9_231_114),
+        (NetConfig(name="vgg11", norm="none"), 1, 28, 9_231_114 - 2 * 2752 - 2 * 9 * 64),
     ],
 )
 def test_parameter_counts(cfg: NetConfig, channels: int, size: int, count: int) -> None:
@@ -71,6 +75,23 @@ def test_every_net_takes_what_it_is_built_for(name: str, size: int) -> None:
     width = 8 if name == "convnet" else 0
     learner = build(NetConfig(name=name, width=width), 1, size, 10, F64)
     assert learner(learner.init(keys(1))[0], images(3, 1, size, size)).shape == (3, 10)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11"])
+def test_gray_images_of_28_pixels_are_padded_to_32(name: str) -> None:
+    """The same weights on the image with a rim of two zeros: the padding of the first convolution is that and no other."""
+    small, large = (build(NetConfig(name=name), 1, size, 10, F64) for size in (28, 32))
+    theta, x = small.init(keys(1))[0], images(3, 1, 28, 28)
+    logits = small(theta, x)
+    assert small.shapes == large.shapes and logits.shape == (3, 10)
+    assert torch.allclose(logits, large(theta, nn.functional.pad(x, (2, 2, 2, 2))), rtol=1e-12)
+    assert float((logits - logits.mean(0)).abs().max()) > 1e-6  # and the image is seen
+
+
+@pytest.mark.parametrize(("name", "side"), [("alexnet", 8), ("alexnet", 13), ("alexnet", 28), ("vgg11", 32), ("vgg11", 65)])
+def test_transfer_nets_take_other_sizes(name: str, side: int) -> None:
+    learner = build(NetConfig(name=name), 3, side, 4, F64)
+    assert learner(learner.init(keys(1))[0], images(2, 3, side, side)).shape == (2, 4)
 
 
 # ---------------------------------------------------------------- p(theta0)
@@ -287,6 +308,8 @@ SMALL = {
     "alexcifar": (NetConfig(name="alexcifar", init="kaiming"), 1, 5),
     "resnet18": (NetConfig(name="resnet18", init="kaiming"), 3, 8),
     "resnet50": (NetConfig(name="resnet50", init="kaiming"), 3, 8),
+    "alexnet": (NetConfig(name="alexnet", init="kaiming"), 3, 8),
+    "vgg11": (NetConfig(name="vgg11", init="kaiming"), 1, 28),
 } | {
     f"convnet-{norm}-{act}-{pool}": (
         NetConfig(name="convnet", width=8, depth=2, norm=norm, activation=act, pooling=pool),
@@ -303,7 +326,7 @@ SMALL = {
 }
 
 
-CASES = [pytest.param(c, marks=pytest.mark.slow) if "resnet" in c else c for c in SMALL]
+CASES = [pytest.param(c, marks=pytest.mark.slow) if c[:3] in ("res", "vgg") else c for c in SMALL]
 
 
 def _loss(learner: Learner):  # type: ignore[no-untyped-def]
@@ -582,6 +605,9 @@ def listing() -> list[int]:
         (NetConfig(name="convnet", norm="group", width=6), "net.width=6.*multiple of 4"),
         (NetConfig(name="convnet", depth=5), "convnet can't take 28x28 images.*32x32.*data.size=32"),
         (NetConfig(name="convnet", width=-1), "net.width=-1 must be 1 or more"),
+        (NetConfig(name="vgg11", norm="batsch"), "net.norm=batsch.*did you mean batch"),
+        (NetConfig(name="vgg11", width=5), "net.width=5 means nothing to net.name=vgg11"),
+        (NetConfig(name="alexnet", norm="batch"), "net.norm=batch means nothing to net.name=alexnet"),
         (NetConfig(name="lenet", width=5), "net.width=5 means nothing to net.name=lenet"),
         (NetConfig(name="mlp", pooling="max"), "net.pooling=max means nothing to net.name=mlp"),
         (NetConfig(name="lenet", target="a.b"), "net.target=a.b means nothing"),
@@ -603,8 +629,21 @@ def test_bad_configurations_are_one_line(cfg: NetConfig, message: str) -> None:
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value)
 
 
+def test_transfer_nets_refuse_small_images() -> None:
+    for name, channels, size, message in (
+        ("alexnet", 3, 7, "alexnet can't take 7x7 images: it needs 8x8 at least .data.size=8"),
+        ("vgg11", 3, 28, "vgg11 can't take 28x28 images: it needs 32x32 at least .data.size=32"),
+        ("vgg11", 1, 27, "vgg11 can't take 27x27"),
+    ):
+        with refused(message):
+            build(NetConfig(name=name), channels, size, 10)
+
+
 def test_names_and_a_module_of_the_users_folder(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    assert NAMES == ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "plain", "resnet_cifar", "custom")
+    assert NAMES == (
+        "mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11",
+        "plain", "resnet_cifar", "custom",
+    )  # fmt: skip
     (tmp_path / "my_own_net.py").write_text(
         "from torch import nn\n\nclass Net(nn.Sequential):\n"
         "    def __init__(self, hidden):\n        super().__init__(nn.Flatten(), nn.Linear(4, hidden), nn.Linear(hidden, 2))\n"

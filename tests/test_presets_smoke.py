@@ -24,7 +24,7 @@ EMBEDDED = {"digits"}
 # AlexCifarNet, and whitening of 3,072 pixels an image, take their time on one core.
 HEAVY = {
     "cifar10_fixed", "cifar10_random", "cifar10_poison", "cifar10_rat_bptt", "cifar10_mtt_1", "cifar10_mtt_10",
-    "cifar10_mtt_50", "cifar10_mtt_kd_resnet50",
+    "cifar10_mtt_50", "cifar10_mtt_kd_resnet50", "cifar10_mtt_small", "cifar10_mtt_kd_small",
 }  # fmt: skip
 
 

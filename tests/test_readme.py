@@ -38,6 +38,8 @@ def in_small(words: list[str]) -> list[str]:
         words += ["smoke=true", "threads=1", "net.width=4", f"data.root={REAL}"]
     if words[1].endswith("evaluate.py"):
         words += ["nets=2", "epochs=1", "trials=1", "threads=1"] if "check=gradient" not in words else []
+    if words[1].endswith("experts.py"):
+        words += ["smoke=true", "threads=1", f"data.root={REAL}"]
     if words[1].endswith("compare.py"):
         words += ["smoke=true", "threads=1", "eval.nets=2", f"data.root={REAL}"]
     return words

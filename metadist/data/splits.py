@@ -34,6 +34,11 @@ class Split:
         """The number of images."""
         return len(self.y)
 
+    def thinned(self, count: int) -> Split:
+        """At most ``count`` of the images, evenly spread over their order."""
+        every = -(-len(self) // count)
+        return self if every == 1 else Split(self.x[::every], self.y[::every])
+
 
 @dataclass(frozen=True, eq=False)
 class Data:

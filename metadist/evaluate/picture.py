@@ -64,7 +64,7 @@ def _title(report: Report) -> str:
     manifest = report.dset.manifest
     made = f" made for {manifest['data']}" if manifest.get("data") not in (None, report.data) else ""
     line = f"{manifest.get('method', 'distilled set')}{made}   ·   {report.data}   ·   {report.net}"
-    best = report.find("distilled") or report.find("distilled", "standard")
+    best = report.find("distilled") or report.find("distilled", report.settings.ordinary or "standard")
     if best is None:
         return line
     s = best.result.summary

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from metadist.data import dsa
 from metadist.evaluate.recipe import RATES
 from metadist.evaluate.statistics import Summary
 from metadist.metagrad.optimizers import Optimizer
@@ -22,8 +23,8 @@ class Plan:
     momentum: float = 0.9  # of "momentum", Adam's beta1
     weight_decay: float = 0.0
     batch: int = 256
-    augment: str = "none"  # none | crop | flip | crop_flip
-    schedule: str = "half"  # constant | half: a tenth of the rate from half of the steps on
+    augment: str = "none"  # none | crop | flip | crop_flip | dsa:<strategy>
+    schedule: str = "half"  # constant | half: a tenth of the rate from half of the steps on | half_anew: and a new optimizer
     rates: tuple[float, ...] | None = None  # tried on validation; None: RATES of the optimizer
 
     @property
@@ -34,7 +35,9 @@ class Plan:
     @property
     def text(self) -> str:
         """In words: `100 epochs, momentum, crop`."""
-        return f"{self.epochs} epochs, {self.optimizer.kind}{'' if self.augment == 'none' else f', {self.augment}'}"
+        short = {f"dsa:{dsa.ALL}": "dsa", f"dsa:{dsa.MIRROR_FREE}": "dsa without flip"}
+        augment = short.get(self.augment, self.augment)
+        return f"{self.epochs} epochs, {self.optimizer.kind}{'' if augment == 'none' else f', {augment}'}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,7 @@ from metadist.nets.loss import cross_entropy_loss
 from metadist.synthetic.distilled import DistilledSet
 
 SPLITS = ("test", "valid")
+CURVE_IMAGES = 2500  # of the judging split that a curve is drawn from
 DRAWS = 20  # networks of ordinary training, and where there is one start only, but images or shuffling differ
 # (weights [g, P], numbers int64 [g] of the networks, rate) -> (trained weights [g, P], what they were trained on, in batches)
 Train = Callable[[Tensor, Tensor, Rate], tuple[Tensor, Tensor]]
@@ -116,19 +117,20 @@ class Evaluation:
         return {name: Summary.of(v) for name, v in zip(Figures._fields, values, strict=True)}
 
     def curve(self, recipe: Recipe, rate: Rate, points: Sequence[int], own_images: bool = False) -> Tensor:
-        """Accuracy on the judging split after each of ``points`` (ascending, in [0, T]) steps: float64 [len(points), n].
+        """Accuracy after each of ``points`` (ascending, in [0, T]) steps, for a picture: float64 [len(points), n].
 
-        At most ``chunk`` networks are followed. own_images: train each on its own random real images instead.
+        At most ``chunk`` networks are followed, on CURVE_IMAGES of the judging split at most.
+        own_images: train each on its own random real images instead.
         """
         theta0, rows = self._drawn(recipe, self.chunk) if own_images else (self.theta0[: self.chunk], None)
         if rows is not None:
             recipe = recipe.on(self.data.train.x[rows], self.data.train.y[rows])
         inner, h, out, before = self._inner(recipe, shared=not own_images), recipe.at(rate).h, [], 0
-        state = recipe.optimizer.init(theta0)
+        state, judge = recipe.optimizer.init(theta0), self.judge.thinned(CURVE_IMAGES)
         for point in points:
             with torch.no_grad():
                 state = inner.advance(state, recipe.batches, recipe.order[before:point], h[before:point])
-            out.append(self._accuracy(state[0], recipe.x, self.judge))
+            out.append(self._accuracy(state[0], recipe.x, judge))
             before = point
         return torch.stack(out)
 

@@ -14,6 +14,7 @@ from metadist.evaluate.statistics import Summary
 from metadist.synthetic.distilled import DistilledSet
 
 HEADER = ("images", "training", "net", "accuracy %", "sd", "n", "95% of mean", "rate")
+TRANSFER_HEADER = ("net", "training", "distilled %", "random real %", "gain")
 NAMES = {
     "none": "-",
     "all": "all real",
@@ -31,7 +32,7 @@ class Row:
     images: str  # distilled | random | class_mean | kmeans | kcenter | all | none
     count: int  # how many images
     training: str  # in words
-    protocol: str  # recorded | standard | none
+    protocol: str  # recorded | standard | dc | dsa | mtt | none
     net: str
     result: Result
     seconds: float
@@ -102,3 +103,21 @@ def cells(row: Row) -> tuple[str, ...]:
     rate = "-" if row.protocol == "none" else "recorded" if row.result.rate is None else f"{row.result.rate:g}"
     images = "-" if row.images == "none" else f"{row.count} {NAMES.get(row.images, row.images)}"
     return images, row.training, row.net, f"{100 * s.mean:.2f}", f"{100 * s.sd:.2f}", str(s.n), interval, rate
+
+
+def transfer(report: Report) -> list[tuple[str, ...]]:
+    """Every net and training: the distilled set against random real images, under ``TRANSFER_HEADER``."""
+    made = [row for row in report.rows if row.images == "distilled"]
+    real = {_training(row): row.result.summary for row in report.rows if row.images == "random"}
+    rows = []
+    for row in made:
+        own, random = row.result.summary, real.get(_training(row))
+        pair = [f"{100 * s.mean:.2f} +- {100 * s.sd:.2f}" if s else "-" for s in (own, random)]
+        gain = f"{100 * (own.mean - random.mean):+.2f}" if random else "-"
+        rows.append((row.net, row.training, *pair, gain))
+    return rows
+
+
+def _training(row: Row) -> tuple[str, ...]:
+    """What rows of other images must share with this one to stand beside it."""
+    return row.net, row.protocol, "" if row.protocol == "recorded" else row.training

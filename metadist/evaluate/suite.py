@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from metadist.data import Data, baseline
 from metadist.evaluate.plan import Plan, Result
-from metadist.evaluate.protocols import DRAWS, Evaluation
+from metadist.evaluate.protocols import Evaluation
 from metadist.evaluate.recipe import Recipe
 from metadist.evaluate.report import Curve, Report, Row
 from metadist.evaluate.settings import Settings
@@ -44,25 +44,28 @@ class Examination:
         self.dset, self.data, self.net, self.described, self.settings, self.say = dset, data, net, described, settings, say
         self.augmentations = settings.augmentations(data)
         self.recipe = Recipe.of(dset, learner.dtype, learner.device)
-        self.judge = self._evaluation(learner, starts)
-        self.few = min(settings.nets, DRAWS)
+        self.judge = self._evaluation(learner, starts, settings.nets)
+        self.few = settings.few
 
     def run(self, others: Mapping[str, Learner] | None = None, poison: tuple[int, int] | None = None) -> Report:
         """Measure everything that was asked for.
 
-        others: learners to transfer to, by name; each from fresh initializations of its own.
+        others: learners to transfer to, by name; each from fresh initializations of its own, beside random real images if these
+            are among the baselines.
         poison: (attacked class, class it is to be read as) of a malicious set.
         """
         rows = list(self._rows())
         curves = self._curves(rows) if "recorded" in self.settings.protocol else ()
         for name, other in (others or {}).items():
-            rows += self._distilled(self._evaluation(other, fresh(other, self.settings.seed)), name)
+            judge = self._evaluation(other, fresh(other, self.settings.seed), self.few)
+            rows += self._distilled(judge, name)
+            rows += self._random(judge, name) if "random" in self.settings.baselines else ()
         figures = self.judge.poison(self.recipe, *poison) if poison else None
         return Report(self.dset, self.data.name, self.net, self.described, self.settings, tuple(rows), curves, figures)
 
-    def _evaluation(self, learner: Learner, starts: Starts) -> Evaluation:
+    def _evaluation(self, learner: Learner, starts: Starts, nets: int) -> Evaluation:
         s = self.settings
-        sizes = {"nets": s.nets, "trials": s.trials, "seed": s.seed, "chunk": s.chunk}
+        sizes = {"nets": nets, "trials": s.trials, "seed": s.seed, "chunk": s.chunk}
         return Evaluation(learner, self.data, starts, **sizes, split=s.split, compile=s.compile)
 
     def _row(self, images: str, training: str, protocol: str, net: str, measure: Callable[[], Result]) -> Row:
@@ -75,7 +78,7 @@ class Examination:
         yield self._row("none", "before training", "none", self.net, self.judge.untrained)
         yield from self._distilled(self.judge, self.net)
         for kind in self.settings.baselines:
-            yield from self._random() if kind == "random" else self._baseline(kind)
+            yield from self._random(self.judge, self.net) if kind == "random" else self._baseline(kind)
         if self.settings.full:
             yield self._full()
 
@@ -86,10 +89,10 @@ class Examination:
             yield self._row("distilled", steps, "recorded", net, lambda: judge.recorded(self.recipe))
         yield from self._ordinary("distilled", net, lambda plan: judge.standard(x, y, plan, self.few))
 
-    def _random(self) -> Iterator[Row]:
+    def _random(self, judge: Evaluation, net: str) -> Iterator[Row]:
         if "recorded" in self.settings.protocol:
-            yield self._row("random", self._steps, "recorded", self.net, lambda: self.judge.random(self.recipe))
-        yield from self._ordinary("random", self.net, lambda plan: self.judge.standard_random(self.recipe, plan, self.few))
+            yield self._row("random", self._steps, "recorded", net, lambda: judge.random(self.recipe))
+        yield from self._ordinary("random", net, lambda plan: judge.standard_random(self.recipe, plan, self.few))
 
     def _baseline(self, kind: str) -> Iterator[Row]:
         classes = len(self.data.classes)
@@ -100,16 +103,18 @@ class Examination:
         yield from self._ordinary(kind, self.net, lambda plan: self.judge.standard(x, y, plan, self.few))
 
     def _ordinary(self, images: str, net: str, measure: Callable[[Plan], Result]) -> Iterator[Row]:
-        if "standard" in self.settings.protocol:
+        if self.settings.ordinary is not None:
             for augment in self.augmentations:
-                plan = self.settings.plan(augment)
-                yield self._row(images, plan.text, "standard", net, functools.partial(measure, plan))
+                plan = self.settings.plan(augment, real=images != "distilled")
+                yield self._row(images, plan.text, self.settings.ordinary, net, functools.partial(measure, plan))
 
     def _full(self) -> Row:
         train, s = self.data.train, self.settings
-        plan = dataclasses.replace(s.plan(self.augmentations[-1]), epochs=s.full_epochs)
+        plan = dataclasses.replace(s.plan(self.augmentations[-1], real=True), epochs=s.full_epochs)
         nets = min(s.nets, FULL_NETS)
-        return self._row("all", plan.text, "standard", self.net, lambda: self.judge.standard(train.x, train.y, plan, nets))
+        return self._row(
+            "all", plan.text, s.ordinary or "standard", self.net, lambda: self.judge.standard(train.x, train.y, plan, nets)
+        )
 
     @property
     def _steps(self) -> str:
@@ -121,7 +126,7 @@ class Examination:
         points = tuple(sorted({round(i * total / pieces) for i in range(pieces + 1)}))
         out = []
         for row in rows:
-            if row.protocol == "recorded" and row.images in ("distilled", "random"):
+            if row.protocol == "recorded" and row.images in ("distilled", "random") and row.net == self.net:
                 accuracies = self.judge.curve(self.recipe, row.result.rate, points, own_images=row.images == "random")
                 out.append(Curve(row.images, points, accuracies))
         return tuple(out)

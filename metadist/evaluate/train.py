@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from metadist import draw
-from metadist.data.augment import augment as augmented
+from metadist.data import dsa
+from metadist.data.augment import augment as moved
 from metadist.data.splits import Split
 from metadist.errors import unknown
 from metadist.metagrad.inner import Inner
@@ -26,7 +27,8 @@ from metadist.metagrad.optimizers import Optimizer
 from metadist.nets.learner import Learner
 from metadist.nets.loss import cross_entropy_loss
 
-SCHEDULES = ("constant", "half")
+SCHEDULES = ("constant", "half", "half_anew")
+DSA = "dsa:"  # before a strategy
 LARGE_BATCH = 64  # images that keep a CPU busy with one network
 
 
@@ -107,8 +109,9 @@ def standard(
     lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss.
     batch: images a step, at most N.
     keys: int64 [n, 2], one a network, for shuffling and augmentation.
-    augment: of every batch anew: none | crop | flip | crop_flip.
-    schedule: constant | half (a tenth of the rate from half of the steps on).
+    augment: of every batch anew: none | crop | flip | crop_flip | dsa:<strategy> (each network's step draws an operation, each
+        image what is done by it).
+    schedule: constant | half (a tenth of the rate from half of the steps on) | half_anew (there the optimizer starts anew).
     chunk: networks at once.
     index: int64 [n, M]: the images (rows of x) that each network trains on; None: all N, for all networks.
     inner: from ``ordinary``, to reuse what was compiled; must have been made with this learner, optimizer and decay.
@@ -118,13 +121,19 @@ def standard(
         raise unknown("schedule", schedule, SCHEDULES)
     run = inner if inner is not None else ordinary(learner, optimizer, weight_decay)
     size = len(x) if index is None else index.shape[1]
-    h = optimizer.schedule(*_rates(epochs * -(-size // min(batch, size)), lr, momentum, schedule, theta0))
+    steps = epochs * -(-size // min(batch, size))
+    anew = steps // 2 if schedule == "half_anew" else 0
+    rates, momenta = _rates(steps, lr, momentum, schedule, theta0)
+    # Adam's corrections count the steps of one optimizer.
+    h = torch.cat([optimizer.schedule(rates[part], momenta[part]) for part in (slice(0, anew), slice(anew, None))])
 
     def train(theta: Tensor, keys: Tensor, *own: Tensor) -> Tensor:
         state = optimizer.init(theta)
         for t, (key, rows) in enumerate(_order(keys, size, batch, epochs)):
+            if t == anew:
+                state = optimizer.init(state[0])
             rows = own[0].gather(1, rows) if own else rows
-            images = augmented(augment, key, x[rows])
+            images = _augmented(augment, key, x[rows])
             state = run.advance(state, (images.unsqueeze(1), y[rows].unsqueeze(1)), (0,), h[t : t + 1])
         return state[0]
 
@@ -134,9 +143,16 @@ def standard(
         return in_chunks(train, len(theta0), several, theta0, keys, *(() if index is None else (index,)))
 
 
+def _augmented(kind: str, keys: Tensor, x: Tensor) -> Tensor:
+    """Images [n, B, C, H, W] of one step of n networks, by their keys [n, 2]."""
+    if not kind.startswith(DSA):
+        return moved(kind, keys, x)
+    return dsa.apply(dsa.parameters(kind.removeprefix(DSA), keys, x.shape[1], x.shape[-1], x.dtype), x)
+
+
 def _rates(steps: int, lr: float, momentum: float, schedule: str, like: Tensor) -> tuple[Tensor, Tensor]:
     rates = torch.full((steps,), lr, dtype=like.dtype, device=like.device)
-    if schedule == "half":
+    if schedule != "constant":
         rates[steps // 2 :] *= 0.1
     return rates, torch.full_like(rates, momentum)
 

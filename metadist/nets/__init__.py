@@ -22,6 +22,7 @@ from metadist.config import NetConfig
 from metadist.errors import UserError, unknown
 from metadist.nets import custom
 from metadist.nets.alexcifar import alexcifar
+from metadist.nets.alexnet import alexnet
 from metadist.nets.convnet import convnet
 from metadist.nets.gtn import gtn
 from metadist.nets.learner import Learner
@@ -30,6 +31,7 @@ from metadist.nets.mlp import mlp
 from metadist.nets.plain import plain
 from metadist.nets.resnet import resnet18, resnet50
 from metadist.nets.resnet_cifar import resnet_cifar
+from metadist.nets.vgg11 import vgg11
 from metadist.nets.weight_norm import weight_normed
 
 __all__ = ["NAMES", "Learner", "build"]
@@ -46,6 +48,8 @@ _FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "resnet18": (resnet18, {}),
     "resnet50": (resnet50, {}),
     "gtn": (gtn, {"width": "width", "depth": "depth", "draw_width": "widest"}),
+    "alexnet": (alexnet, {}),
+    "vgg11": (vgg11, {"norm": "norm"}),
     "plain": (plain, _SIZES),
     "resnet_cifar": (resnet_cifar, _SIZES),
 }

@@ -20,7 +20,10 @@ def activation(name: str) -> nn.Module:
     return {"sigmoid": nn.Sigmoid(), "relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.01)}[name]
 
 
-def _norm(name: str, width: int, size: int) -> list[nn.Module]:
+def normalization(name: str, width: int, size: int) -> list[nn.Module]:
+    """The layer of that name for maps [B, width, size, size], or none. Raises UserError for a name or a size it can't take."""
+    if name not in NORMS:
+        raise unknown("net.norm", name, NORMS)
     if name == "group" and width % GROUPS:
         raise UserError(f"net.width={width} can't be split into {GROUPS} groups: net.norm=group needs a multiple of {GROUPS}")
     if name == "instance" and size < 2:
@@ -51,16 +54,15 @@ def convnet(
     One-channel 28-pixel images are padded by 3 in the first convolution (28 -> 32), as published.
     Raises UserError for an unknown option or images smaller than 2^depth pixels (with pooling).
     """
-    for key, value, allowed in (("norm", norm, NORMS), ("pooling", pooling, POOLINGS)):
-        if value not in allowed:
-            raise unknown(f"net.{key}", value, allowed)
+    if pooling not in POOLINGS:
+        raise unknown("net.pooling", pooling, POOLINGS)
     at_least("convnet", size, 1 if pooling == "none" else 2**depth)
     layers: list[nn.Module] = []
     for i in range(depth):
         wide = i == 0 and channels == 1 and size == 28
         layers.append(nn.Conv2d(channels, width, 3, padding=3 if wide else 1))
         size, channels = size + 4 * wide, width
-        layers += [*_norm(norm, width, size), activation(act)]
+        layers += [*normalization(norm, width, size), activation(act)]
         if pooling != "none":
             layers.append(nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2))
             size //= 2

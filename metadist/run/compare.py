@@ -14,7 +14,8 @@ for others: metadist.run.compare_networks.
 
 Design choices
 - Each run's number of meta-steps is its budget over the seconds a meta-step takes here, measured once and kept: a resumed
-  comparison compares what it began to compare.
+  comparison compares what it began to compare. Where a meta-step of all costs the same (same_steps), the first run's number
+  is everyone's: another load of the machine is no difference between the runs.
 - Runs and measurements are processes of their own: one's memory and compiled code do not weigh on the next.
 """
 
@@ -56,6 +57,7 @@ class Comparison:
     memory_steps: tuple[int, ...]
     runs: dict[str, tuple[str, ...]]
     smoke: bool
+    same_steps: bool
 
 
 def comparisons() -> tuple[str, ...]:
@@ -91,7 +93,8 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
         raise UserError(f"budget_min={own['budget_min']} is no number of minutes above 0")
     steps = tuple(found["memory_steps"][:2] if smoke else found["memory_steps"])
     place = Path(own.get("out") or f"runs/{own['preset']}{'-smoke' if smoke else ''}").expanduser().absolute()
-    made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke)
+    same = bool(found.get("same_steps", False))
+    made = Comparison(own["preset"], found["title"], budget, float(found["target"]), found["curve"], steps, runs, smoke, same)
     return made, place, as_json
 
 
@@ -144,9 +147,15 @@ def folder(place: Path, name: str) -> Path:
 
 def run_all(c: Comparison, place: Path, record: Record) -> bool:
     """Measure, then train all; True if all finished."""
+    for name, words in c.runs.items():  # all before the first run: the machine's load may change while they work
+        record.once(f"{name}: probe", lambda words=words: probe(words))
     for name, words in c.runs.items():
-        seconds = record.once(f"{name}: probe", lambda words=words: probe(words))["step_s"]
-        steps = record.once(f"{name}: steps", lambda s=seconds: SMOKE_STEPS if c.smoke else max(10, int(60 * c.budget_min / s)))
+        seconds = record.content[f"{name}: probe"]["step_s"]
+        if c.same_steps and name != (first := next(iter(c.runs))):
+            steps = record.once(f"{name}: steps", lambda first=first: record.content[f"{first}: steps"])
+        else:
+            affordable = max(10, int(60 * c.budget_min / seconds))
+            steps = record.once(f"{name}: steps", lambda n=affordable: SMOKE_STEPS if c.smoke else n)
         run_dir = str(folder(place, name))
         print(f"{name}: {steps} meta-steps of {seconds:.3g} s -> {run_dir}", flush=True)
         with Forward().installed() as forward:  # around a run alone: it ends by itself, a probe is ended by us
@@ -163,29 +172,29 @@ def run_all(c: Comparison, place: Path, record: Record) -> bool:
     return True
 
 
-def curve(run_dir: Path, name: str) -> list[tuple[float, float]]:
-    """(minutes of meta-steps, a logged value) at every step that logged it, by TensorBoard's files of the run."""
+def curve(run_dir: Path, name: str, step_s: float) -> list[tuple[float, float]]:
+    """(minutes of meta-steps, a logged value) at every step that logged it, by TensorBoard's files of the run.
+
+    step_s: seconds of a meta-step as probed: what the machine did besides while the run worked has no part in it.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    spent, before = {0: 0.0}, 0
-    for found in events.Scalars("seconds/step_s"):
-        spent[found.step] = spent[before] + found.value * (found.step - before) / 60
-        before = found.step
-    return [(spent[max(s for s in spent if s <= v.step)], v.value) for v in events.Scalars(f"learning/{name}")]
+    return [(found.step * step_s / 60, found.value) for found in events.Scalars(f"learning/{name}")]
 
 
 def report(c: Comparison, place: Path, record: Record) -> list[dict[str, Any]]:
     """One row a run."""
-    rows = []
+    rows, first = [], next(iter(c.runs))
     for name in c.runs:
-        summary = read_json(folder(place, name) / "summary.json")
-        points = curve(folder(place, name), "valid_accuracy")
+        summary, run_dir = read_json(folder(place, name) / "summary.json"), folder(place, name)
+        pace = record.content[f"{first if c.same_steps else name}: probe"]["step_s"]
+        points = curve(run_dir, "valid_accuracy", pace)
         rows.append({
             "name": name, "steps": summary["steps"], "test": summary["test"], "minutes": summary["minutes"],
             "valid_accuracy": points,
-            "meta_loss": curve(folder(place, name), "meta_loss"),
-            "step_s": record.content[f"{name}: probe"]["step_s"],
+            "meta_loss": curve(run_dir, "meta_loss", pace),
+            "step_s": pace,
             "target_min": next((m for m, accuracy in points if accuracy >= c.target), None),
             "memory": {n: record.content[f"{name}: memory at {n}"] for n in c.memory_steps},
         })  # fmt: skip

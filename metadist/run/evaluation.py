@@ -3,7 +3,8 @@
     python launch/evaluate.py run=runs/x                        the set of a run, everything below
     python launch/evaluate.py set=mnist-10 data.root=data       a shipped set, or a file
     python launch/evaluate.py run=runs/x protocol=recorded baselines=random nets=50
-    python launch/evaluate.py run=runs/x transfer=mlp,convnet full=true
+    python launch/evaluate.py run=runs/x protocol=mtt            as published: dc | dsa | mtt, real images by the same
+    python launch/evaluate.py run=runs/x protocol=dsa transfer=mlp,lenet,alexnet,vgg11,resnet18
     python launch/evaluate.py run=runs/x check=gradient         bias of the run's meta-gradient against the exact one
 
 It prints a table and writes report.png and evaluation.json into the run folder (with set=: the current folder) or out=.
@@ -12,13 +13,22 @@ Accuracies are means over `nets` networks; rates that have to be chosen are chos
 keys (value: meaning)
   run, set       a run folder | a shipped name or a file of a set
   out            folder for report.png and evaluation.json
-  nets           200: networks by recorded steps; ordinary training takes at most 20, the full data set 5
-  protocol       recorded,standard: the recorded ordered steps, ordinary shuffled training
+  nets           200: networks by recorded steps; ordinary training and transfer take at most 20, the full data set 5
+  protocol       recorded,standard: the recorded ordered steps, ordinary shuffled training; or for standard a published one:
+                 dc    20 nets, 300 epochs (mnist: 1,000, augment=dsa:crop_scale_rotate), lr 0.01 divided by 10 at half,
+                       momentum 0.9, weight_decay 0.0005, batch 256, augment=none, baselines=random
+                 dsa   the same, 1,000 epochs, augment=dsa
+                 mtt   as dsa, 5 nets at the learned rate (its mean), schedule=half_anew; real images at it or 0.01
+                 each number may be given anew; the published figures are the best over evaluations, here the test judges once
   epochs, optimizer, momentum, weight_decay, batch    of ordinary training: 100, momentum (sgd | momentum | adam), 0.9, 0, 256
-  augment        none,auto: with none, crop, flip, crop_flip or auto (crop for digits, crop_flip for others, none below 16 px)
+  lr             null: of ordinary training, chosen from a grid on validation; one rate, or several to choose from
+  baseline_lr    lr: of ordinary training on real images
+  schedule       half: a tenth of the rate from half of the steps on | constant | half_anew: and there a new optimizer
+  augment        none,auto: with none, crop, flip, crop_flip or auto (crop for digits, crop_flip for others, none below 16 px),
+                 dsa or dsa:<operations joined by _> (color, crop, cutout, flip, scale, rotate; dsa: all, no flip on digits)
   baselines      all: random, class_mean, kmeans, kcenter, all or none: real images of the same number
   full, full_epochs   false, 5: train on the full data set as well
-  transfer       none: other networks to train on the set, such as mlp,lenet,convnet
+  transfer       none: other networks to train on the set and on random real images, such as mlp,lenet,alexnet,vgg11,resnet18
   split          test | valid: who judges
   trials         5: networks that choose a rate on validation
   seed           the run's: of fresh initializations, shuffling, random images
@@ -39,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from metadist import data as data_room
@@ -46,7 +57,7 @@ from metadist import nets
 from metadist.config import Config, DataConfig, NetConfig
 from metadist.data import Data
 from metadist.errors import UserError, unknown
-from metadist.evaluate import fitting, picture, report
+from metadist.evaluate import fitting, picture, published, report
 from metadist.evaluate.report import Report, Row
 from metadist.evaluate.settings import Settings
 from metadist.evaluate.suite import Examination
@@ -55,6 +66,7 @@ from metadist.nets import Learner
 from metadist.run import gradient_check
 from metadist.run.evaluation_keys import USAGE, Words, parse
 from metadist.run.folder import RunFolder
+from metadist.run.overrides import config_dir
 from metadist.run.setup import DTYPES, device_of, starts_of
 from metadist.run.table import table
 from metadist.store import atomic_write
@@ -121,11 +133,12 @@ def configured(given: Subject, words: Words, data_keys: dict[str, Any]) -> Confi
 
 
 def named(name: str) -> NetConfig:
-    """The net of that name with its own defaults. Raises UserError for an unknown one."""
+    """The net of that name as net=<name> alone configures it. Raises UserError for an unknown one."""
     allowed = [n for n in nets.NAMES if n != "custom"]
     if name not in allowed:
         raise unknown("net", name, allowed)
-    return NetConfig(name=name)
+    words: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "net" / f"{name}.yaml"))
+    return NetConfig(**words)
 
 
 def starts(given: Subject, words: Words, config: Config, learner: Learner, data: Data, seed: int) -> tuple[Starts, str]:
@@ -172,6 +185,13 @@ def text(found: Report) -> str:
     s = found.settings
     judged = f"{s.split} split of {found.data}; rates chosen on the validation split; networks start from {found.starts}"
     lines = [judged, table(report.HEADER, [report.cells(row) for row in found.rows])]
+    if s.ordinary in published.NAMES:
+        numbers = f"momentum {s.momentum:g}, weight decay {s.weight_decay:g}, batch {s.batch}, schedule {s.schedule}"
+        lines.append(
+            f"protocol {s.ordinary}: {numbers}; published figures are the best of many evaluations, these are judged once"
+        )
+    if any(row.net != found.net for row in found.rows):
+        lines += ["transfer", table(report.TRANSFER_HEADER, report.transfer(found))]
     for name, value in (found.poison or {}).items():
         lines.append(f"{name.replace('_', ' ')}: {value.text()}")
     return "\n".join(lines)
@@ -218,7 +238,8 @@ def main(argv: Sequence[str]) -> int:
     config = configured(given, words, data_keys)
     if words.check is not None:
         return check(words, given)
-    settings = Settings(**{"seed": config.seed, "chunk": config.eval.chunk, **measured})
+    asked = published.settings(measured, config.data.name, given.dset)
+    settings = Settings(**{"seed": config.seed, "chunk": config.eval.chunk, **asked})
     found = examine(given, words, settings, config)
     folder = Path(words.out) if words.out else given.folder.path if given.folder else Path.cwd()
     if words.out:

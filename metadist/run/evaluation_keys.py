@@ -50,6 +50,8 @@ def _value(key: str, text: str, kind: Any) -> Any:
     if kind is str:
         return text
     names = tuple(word for word in text.split(",") if word)
+    if typing.get_args(kind)[:1] == (float,):
+        return () if text in ("null", "None") else tuple(_value(key, word, float) for word in names)
     if key == "baselines":
         return BASELINES if names == ("all",) else () if names == ("none",) else names
     return () if key == "transfer" and names == ("none",) else names

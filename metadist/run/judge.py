@@ -27,8 +27,8 @@ from metadist.synthetic.images import Phi
 from metadist.synthetic.maker import Maker
 
 REPORT_NETS = 20  # networks of the short report at the end of a run
-CURVE_NETS = 10  # of them, those whose accuracy is followed from step to step
-REPORT_PASSES = 2 * CURVE_NETS * 11 + 3 * REPORT_NETS  # over the test split: curves, and the networks themselves
+CURVE_NETS = 5  # of them, those whose accuracy is followed from step to step
+REPORT_PASSES = CURVE_NETS * 11 + 3 * REPORT_NETS  # over the test split: two curves on half of it at most, and the networks
 
 
 def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:

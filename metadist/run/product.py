@@ -126,10 +126,13 @@ class Sets:
 
     def scalars(self, phi: Phi) -> dict[str, float]:
         """Learned rates and momenta of the inner steps."""
-        synthetic, alike = self.setup.synthetic, self.config.inner.shared_lr
-        rates, momenta = synthetic.rates(phi)[: synthetic.inner_steps], synthetic.momenta(phi)
-        values = {f"rate/{t:02d}": v for t, v in enumerate(rates[:1].tolist() if alike else rates.tolist())}
-        momenta = rates[:0] if momenta is None else momenta[: synthetic.inner_steps]
+        synthetic, inner = self.setup.synthetic, self.config.inner
+        n = synthetic.inner_steps
+        rates, momenta = synthetic.rates(phi)[:n], synthetic.momenta(phi)
+        # What is not learned, or learned as one, is the same at every step: one number says it.
+        rates = rates if inner.learn_lr and not inner.shared_lr else rates[:1]
+        momenta = rates[:0] if momenta is None else momenta[: n if inner.learn_momentum else 1]
+        values = {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
         return values | {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist())}
 
     def picture(self, phi: Phi) -> Tensor | None:

@@ -40,7 +40,10 @@ METHODS: dict[str, dict[str, str]] = {
 """Published names and the words each of them stands for; the other words are free."""
 
 DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder", "distilled")
-NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "plain", "resnet_cifar", "custom")
+NETS = (
+    "mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11",
+    "plain", "resnet_cifar", "custom",
+)  # fmt: skip
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
