@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare_cases import CHAIN
 from PIL import Image
 
 from metadist.run import command, compare, compare_networks
@@ -101,26 +102,6 @@ def test_every_comparison_of_networks_can_be_run(name: str) -> None:
     for row in found.rows:
         assert bool(row.needs) == ("method=kd" in " ".join(row.words) or "kd.teachers" in " ".join(row.words))
         assert all(any(str(compare.folder(place, need)) in word for word in row.words) for need in row.needs)
-
-
-CHAIN = """
-title: a chain of digits
-kind: networks
-common: [data=digits, data.size=8, net=mlp, net.depth=1, train.networks=3, real_batch=64, threads=1, device=cpu,
-         engine.compile=off, eval.every=50, meta.lr=0.01]
-runs:
-  alone: [method=train, net.width=4, steps=100]
-chains:
-  key: net.width
-  teacher: [method=train, steps=100]
-  student: [method=kd, kd.T=2, steps=100]
-  paths: [[32, 4], [32, 8, 4]]
-after:
-  longer: [method=kd, net.width=4, steps=200, "kd.teachers=[@{32}]"]
-gaps: {32-4: [alone, "32"]}
-paper: {alone: "12 %"}
-smoke: []
-"""
 
 
 def test_a_chain_is_run_in_order_once_with_its_gap_and_its_compute(

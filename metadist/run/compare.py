@@ -227,6 +227,9 @@ def main(argv: Sequence[str]) -> int:
     chosen = next((word.partition("=")[2] for word in argv if word.startswith("preset=")), None)
     if chosen in comparisons() and compare_networks.is_networks(str(chosen)):
         return compare_networks.main(argv)
+    if away := next((w for w in argv if w.startswith("cluster=") and w != "cluster=local"), None):
+        networks = ", ".join(n for n in comparisons() if compare_networks.is_networks(n))
+        raise UserError(f"{away}: {chosen} measures on this machine how far a budget goes; comparisons for arrays: {networks}")
     c, place, as_json = read(argv)
     record = Record(place / "comparison.json")
     if record.once("runs", lambda: {k: list(v) for k, v in c.runs.items()}) != {k: list(v) for k, v in c.runs.items()}:

@@ -7,6 +7,10 @@ A file of configs/compare/ with `kind: networks` holds named runs, each a list o
 earlier run: a student waits for its teacher. `grid` makes a run of every combination of values, `chains` one of every link of
 the listed paths. The same command resumes it: finished runs are not repeated.
 
+    python launch/compare.py preset=takd cluster=slurm gpus_per_node=1 data.root=/shared/data
+
+submits it: an array of all runs that wait for none, one of those that wait for these, and so on (metadist.run.cluster.waves).
+
 keys: preset (required), out (default runs/<preset>), smoke, json=true; any other key goes to every run.
 """
 
@@ -16,15 +20,17 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from metadist.config import Config
 from metadist.errors import UserError
 from metadist.evaluate.statistics import Summary
+from metadist.identity import is_circumstance
 from metadist.run.compare import Record, folder, last, truth
 from metadist.run.compose import compose
 from metadist.run.listing import read_json
@@ -39,12 +45,17 @@ _REFERENCE = re.compile(r"@\{([^}]*)\}|@([\w.-]+)")
 
 @dataclass(frozen=True)
 class Row:
-    """One run. words: of its command, references resolved; needs: the earlier runs it reads; at: its place in the picture."""
+    """One run.
+
+    words: of its command, references resolved. needs: the earlier runs it reads.
+    at: its place in the picture. config: that of words.
+    """
 
     name: str
     words: tuple[str, ...]
     needs: tuple[str, ...]
-    at: Mapping[str, Any] = field(default_factory=dict)
+    at: Mapping[str, Any]
+    config: Config
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,8 @@ def _links(chains: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str
             yield name, [*words, size], {"path": path[:end]}
 
 
-def read(argv: Sequence[str]) -> tuple[Set, Path, bool]:
-    """The comparison, where it goes, whether JSON is asked for. Raises UserError for anything that can't be run."""
+def read(argv: Sequence[str], judge: Callable[[Sequence[str]], Config] = compose) -> tuple[Set, Path, bool]:
+    """The comparison, where it goes, whether JSON is asked for. judge: words -> Config. UserError for what can't be run."""
     own = {k: v for k, _, v in (word.partition("=") for word in argv) if k in _OWN}
     if set_here := next((w.partition("=")[0] for w in argv if w.startswith(("steps=", "run_dir=", "budget_min="))), None):
         raise UserError(f"{set_here} is set by the comparison, for each run; leave it out")
@@ -118,21 +129,26 @@ def read(argv: Sequence[str]) -> tuple[Set, Path, bool]:
             raise UserError(f"{name}, {run}: @{unknown[0]} is no run above it")
         resolved = tuple(_REFERENCE.sub(lambda m: quoted(str(folder(place, m[1] or m[2]))), word) for word in words)
         try:
-            compose(resolved)
+            config = judge(resolved)
         except UserError as e:
             raise UserError(f"{name}, {run}: {e}") from None
-        rows.append(Row(run, resolved, tuple(needs), at))
+        rows.append(Row(run, resolved, tuple(needs), at, config))
     made = Set(name, found["title"], tuple(rows), found.get("paper") or {}, found.get("gaps") or {}, found.get("plot") or {})
     return made, place, as_json
+
+
+def finished(row: Row, place: Path) -> bool:
+    """Whether a run is done, by its folder."""
+    summary = read_json(folder(place, row.name) / "summary.json")
+    return bool(summary.get("finished")) and summary.get("steps", -1) >= row.config.steps
 
 
 def run_all(c: Set, place: Path) -> bool:
     """Train all, in order; True if all finished."""
     for i, row in enumerate(c.rows):
-        run_dir = str(folder(place, row.name))
-        summary = read_json(Path(run_dir) / "summary.json")
-        if summary.get("finished") and summary.get("steps", -1) >= compose(row.words).steps:
+        if finished(row, place):
             continue
+        run_dir = str(folder(place, row.name))
         print(f"[{i + 1}/{len(c.rows)}] {row.name} -> {run_dir}", flush=True)
         with Forward().installed() as forward:
             code = run_child(Job((*row.words, f"run_dir={quoted(run_dir)}"), {}, run_dir), forward)
@@ -210,22 +226,38 @@ def text(c: Set, rows: Sequence[dict[str, Any]], gaps: Mapping[str, dict[str, An
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status of `launch/compare.py` on the words of such a comparison."""
+def result(c: Set, place: Path, record: Record, as_json: bool) -> None:
+    """Write and print the table of a comparison whose runs are all done."""
     from metadist.run import compare_plot
 
-    c, place, as_json = read(argv)
-    record = Record(place / "comparison.json")
-    words = {row.name: list(row.words) for row in c.rows}
-    if record.once("runs", lambda: words) != words:
-        raise UserError(f"{place} holds a comparison of other settings; give out=<another folder>, or the words it began with")
-    if not run_all(c, place):
-        return 1
     rows = report(c, place)
     gaps = recovered(c, rows)
     record.content |= {"rows": rows, "gaps": gaps}
     record.write()
+    shown = text(c, rows, gaps)
+    atomic_write(place / "table.txt", f"{shown}\n".encode())
     atomic_write(place / "comparison.png", compare_plot.networks(c.title, c.plot, rows))
-    shown = f"{text(c, rows, gaps)}\nlook at {place}/comparison.png"
-    print(json.dumps(rows, indent=1) if as_json else f"\n{shown}")
+    print(json.dumps(rows, indent=1) if as_json else f"\n{shown}\nlook at {place}/comparison.png")
+
+
+def begun(c: Set, place: Path) -> Record:
+    """Its record. Raises UserError where the folder holds a comparison of other settings; how it is run may differ."""
+    record = Record(place / "comparison.json")
+    words = {row.name: [w for w in row.words if not is_circumstance(w.lstrip("+").partition("=")[0])] for row in c.rows}
+    if record.once("runs", lambda: words) != words:
+        raise UserError(f"{place} holds a comparison of other settings; give out=<another folder>, or the words it began with")
+    return record
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status of `launch/compare.py` on the words of such a comparison."""
+    if any(word.startswith("cluster=") and word != "cluster=local" for word in argv):
+        from metadist.run.cluster import waves
+
+        return waves.main(argv)
+    c, place, as_json = read(argv)
+    record = begun(c, place)
+    if not run_all(c, place):
+        return 1
+    result(c, place, record, as_json)
     return 0

@@ -120,7 +120,7 @@ def _one(words: Sequence[str], config: Config) -> int:
 
         print(result_text(summary))
         return 0
-    _free(place)
+    free(place)
     folder.write_config()
     arrays: list[str] = []
     if serving:
@@ -129,7 +129,7 @@ def _one(words: Sequence[str], config: Config) -> int:
         job = Executor(place, config.cluster).send()
         record.write(place / LOGS / "job.json", {"job": job, "cluster": "slurm", "time": time.time(), "words": list(words)})
     _sheet(job, place, words, arrays)
-    return _wait([(job, place, place / LOGS)]) if config.cluster.wait else 0
+    return wait_for([(job, place, place / LOGS)]) if config.cluster.wait else 0
 
 
 def _join(words: Sequence[str]) -> int:
@@ -171,7 +171,7 @@ def _sweep(words: Sequence[str]) -> int:
     for point in points:
         precheck(point.config)
     for job in todo:
-        _free(Path(job.run_dir))
+        free(Path(job.run_dir))
     folders = sweep.make(place, points, todo)
     if all(folder.finished is not None for folder in folders):
         print(sweep.text(place))
@@ -185,7 +185,7 @@ def _sweep(words: Sequence[str]) -> int:
     if not cluster.wait:
         print(f"  table          python launch/status.py run={place}; at the end also {place / 'table.txt'}")
         return 0
-    status = _wait([(f"{number}_{i}", folder.path, place / LOGS) for i, folder in enumerate(folders)])
+    status = wait_for([(f"{number}_{i}", folder.path, place / LOGS) for i, folder in enumerate(folders)])
     print(f"\n{sweep.text(place)}")
     return status
 
@@ -201,7 +201,7 @@ def check_scheduler(cluster: ClusterConfig) -> None:
                 raise unknown("partition", name, known)
 
 
-def _free(run_dir: Path) -> None:
+def free(run_dir: Path) -> None:
     """Raise UserError if a job is at work on the folder already."""
     known = record.read(run_dir / LOGS / "job.json")
     if known.get("cluster") != "slurm":
@@ -230,7 +230,8 @@ def _sheet(job: str, place: Path, words: Sequence[str], arrays: Sequence[str] = 
         print(f"  {what:<14} {how}", flush=True)
 
 
-def _wait(watched: Sequence[tuple[str, Path, Path]]) -> int:
+def wait_for(watched: Sequence[tuple[str, Path, Path]]) -> int:
+    """Show what jobs of (number, run folder, folder of logs) say until all have ended; the worst exit status."""
     from metadist.run.cluster.watch import Tail, wait
 
     worst = 0
