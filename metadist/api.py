@@ -41,8 +41,10 @@ from metadist.run.signals import Stop, stop_status
 from metadist.run.sweep import quoted
 from metadist.run.worker import execute
 from metadist.synthetic.distilled import DistilledSet, load
+from metadist.synthetic.network import Network
+from metadist.synthetic.network import load as load_network
 
-__all__ = ["distil", "evaluate", "load"]
+__all__ = ["Network", "distil", "evaluate", "load", "load_network"]
 
 
 def distil(

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from run_helpers import Nursery
 from torch.func import grad
 from torch.nn import functional as F
@@ -137,6 +139,20 @@ def test_each_network_is_trained_as_if_alone(tmp_path: Path) -> None:
     theta = [network.load(tmp_path / str(n) / "network-last.safetensors").theta for n in (3, 1)]
     assert torch.allclose(theta[0][0], theta[1][0], rtol=1e-9, atol=1e-12)
     assert len(together["errors"]) == 3 and len(first["errors"]) == 1 and not torch.equal(theta[0][0], theta[0][1])
+
+
+def test_what_a_run_leaves_is_a_page_and_a_module_that_errs_as_often_as_it_says(teacher: Path, tmp_path: Path) -> None:
+    with Image.open(teacher / "report.png") as page:
+        assert page.size == (1560, 552)
+        colours = {tuple(c) for c in np.asarray(page.convert("RGB")).reshape(-1, 3)[::7]}
+    assert (200, 69, 45) in colours  # bars and dots of errors
+    summary = json.loads((teacher / "summary.json").read_text())
+    found, data = metadist.load_network(teacher), made(tmp_path, "method=train").data
+    with torch.no_grad():
+        wrong = [int((found.module(i)(data.test.x.to(found.theta)).argmax(1) != data.test.y).sum()) for i in range(len(found))]
+    assert wrong == summary["errors"] and f"{teacher}/report.png" in summary["text"]
+    with pytest.raises(metadist.UserError, match=r"there is no .*network.safetensors; give the run folder"):
+        metadist.load_network(tmp_path)
 
 
 def test_soft_targets_are_the_mean_of_all_teachers_at_T(teacher: Path, tmp_path: Path) -> None:

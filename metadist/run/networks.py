@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 import metadist
 from metadist import draw
 from metadist.data import Split
-from metadist.evaluate import bias
+from metadist.evaluate import bias, network_picture
 from metadist.evaluate.statistics import Summary
 from metadist.evaluate.train import at_once, predictions, statistics
 from metadist.exchange import Exchange
@@ -50,8 +51,8 @@ class Networks:
         return self.config.train.networks
 
     def passes(self) -> int:
-        """Each once."""
-        return self.config.train.networks
+        """Each once for its figure, once for the report."""
+        return 2 * self.config.train.networks
 
     def scalars(self, phi: Phi) -> dict[str, float]:
         """Nothing beside the loss."""
@@ -154,7 +155,18 @@ class Networks:
         folder.fence()
         self.file(best, state.best_step, metrics).save(folder.path / FILE)
         self.file(state.kept, state.step, {}).save(folder.path / LAST)
+        self._report(best["theta"].detach(), summary, folder)
+        folder.fence()  # drawing takes seconds
         folder.write_summary(summary)
+
+    def _report(self, theta: Tensor, summary: dict[str, Any], folder: RunFolder) -> None:
+        test, classes = self.setup.data.test, self.setup.data.classes
+        guesses = predictions(self.learner, theta, self.buffers(theta), test.x, chunk=len(theta), batch=_AT_ONCE)
+        known = {Path(t["path"]).name: t["errors"] for t in summary["teachers"] if t["errors"]}
+        teachers = {name: sum(values) / len(values) for name, values in known.items()}
+        title = f"{summary['method']} on {summary['data']}, {summary['net']}, {summary['steps']} steps"
+        images = self.setup.data.normalization.invert(test.x)
+        network_picture.save(folder.path / "report.png", title, guesses, test.y, images, classes, teachers)
 
     @torch.no_grad()
     def corrections(self, theta: Tensor) -> dict[str, Any]:
@@ -207,5 +219,5 @@ def text(summary: dict[str, Any], folder: RunFolder, classes: tuple[str, ...]) -
             lines.append(f"  without class {missing}, {word}: {errors(c[name]['errors'], images)}, "
                          f"of class {missing} {errors(c[name]['missing_errors'], c['missing_images'])}")  # fmt: skip
     path = shlex.quote(str(folder.path))
-    lines.append(f"the networks are in {path}/{FILE}; monitor: tensorboard --logdir {path}")
+    lines.append(f"look at {path}/report.png; the networks are in {FILE} beside it; monitor: tensorboard --logdir {path}")
     return "\n".join(lines)

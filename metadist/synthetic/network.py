@@ -1,9 +1,8 @@
 """The other product: trained networks in one self-describing file. method=train and kd hand it back, teachers are read from it.
 
-    from metadist.synthetic import network
-    found = network.load("runs/teacher")       # a run folder or a file
-    net = found.module(0)                      # an ordinary torch module in evaluation mode
-    net(found.normalization.apply(x))          # x: real images in [0, 1]
+    found = metadist.load_network("runs/teacher")   # a run folder or a file
+    net = found.module(0)                           # an ordinary torch module in evaluation mode
+    net(found.normalization.apply(x))               # x: real images in [0, 1]
 
 One checksummed safetensors file (metadist.store): weights, BatchNorm's statistics, normalization, and a manifest in JSON that
 names the network. Loading runs no code of the file.
