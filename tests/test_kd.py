@@ -150,6 +150,8 @@ def test_what_a_run_leaves_is_a_page_and_a_module_that_errs_as_often_as_it_says(
     found, data = metadist.load_network(teacher), made(tmp_path, "method=train").data
     with torch.no_grad():
         wrong = [int((found.module(i)(data.test.x.to(found.theta)).argmax(1) != data.test.y).sum()) for i in range(len(found))]
+        probabilities = torch.stack([F.softmax(found.module(i)(data.test.x.to(found.theta)), -1) for i in range(len(found))])
+    assert summary["together"] == int((probabilities.mean(0).argmax(1) != data.test.y).sum())
     assert wrong == summary["errors"] and f"{teacher}/report.png" in summary["text"]
     with pytest.raises(metadist.UserError, match=r"there is no .*network.safetensors; give the run folder"):
         metadist.load_network(tmp_path)

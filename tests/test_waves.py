@@ -17,7 +17,7 @@ from metadist import data as data_room
 from metadist import draw, nets
 from metadist.config import DataConfig, NetConfig
 from metadist.evaluate.statistics import Summary
-from metadist.run import compare, compare_networks
+from metadist.run import compare, compare_set
 from metadist.run.cluster import record
 from metadist.run.guard import guarded
 from metadist.synthetic.network import FILE, Network
@@ -28,7 +28,7 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Words of the chain above."""
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "chain.yaml").write_text(CHAIN)
-    monkeypatch.setattr(compare_networks, "config_dir", lambda: tmp_path)
+    monkeypatch.setattr(compare_set, "config_dir", lambda: tmp_path)
     monkeypatch.setattr(compare, "config_dir", lambda: tmp_path)
     return ["preset=chain", "out=out"]
 

@@ -222,13 +222,13 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__ + f"\ncomparisons: {', '.join(comparisons())}")
         return 0
-    from metadist.run import compare_networks, compare_plot
+    from metadist.run import compare_networks, compare_plot, compare_set
 
     chosen = next((word.partition("=")[2] for word in argv if word.startswith("preset=")), None)
-    if chosen in comparisons() and compare_networks.is_networks(str(chosen)):
+    if chosen in comparisons() and compare_set.is_networks(str(chosen)):
         return compare_networks.main(argv)
     if away := next((w for w in argv if w.startswith("cluster=") and w != "cluster=local"), None):
-        networks = ", ".join(n for n in comparisons() if compare_networks.is_networks(n))
+        networks = ", ".join(n for n in comparisons() if compare_set.is_networks(n))
         raise UserError(f"{away}: {chosen} measures on this machine how far a budget goes; comparisons for arrays: {networks}")
     c, place, as_json = read(argv)
     record = Record(place / "comparison.json")

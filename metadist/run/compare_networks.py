@@ -5,7 +5,8 @@
 
 A file of configs/compare/ with `kind: networks` holds named runs, each a list of words. `@name` in them is the folder of an
 earlier run: a student waits for its teacher. `grid` makes a run of every combination of values, `chains` one of every link of
-the listed paths. The same command resumes it: finished runs are not repeated.
+the listed paths; `sets` are runs that distil a set, on which networks may then be trained (metadist.run.compare_set). The same
+command resumes it: finished runs are not repeated.
 
     python launch/compare.py preset=takd cluster=slurm gpus_per_node=1 data.root=/shared/data
 
@@ -16,125 +17,23 @@ keys: preset (required), out (default runs/<preset>), smoke, json=true; any othe
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from metadist.config import Config
 from metadist.errors import UserError
 from metadist.evaluate.statistics import Summary
 from metadist.identity import is_circumstance
-from metadist.run.compare import Record, folder, last, truth
-from metadist.run.compose import compose
+from metadist.run.compare import Record, folder
+from metadist.run.compare_set import Row, Set, read
 from metadist.run.listing import read_json
-from metadist.run.overrides import config_dir
 from metadist.run.sweep import STATUS, Forward, Job, quoted, run_child
 from metadist.run.table import table
 from metadist.store import atomic_write
 
-_OWN = ("preset", "out", "smoke", "json")
-_REFERENCE = re.compile(r"@\{([^}]*)\}|@([\w.-]+)")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run.
-
-    words: of its command, references resolved. needs: the earlier runs it reads.
-    at: its place in the picture. config: that of words.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    needs: tuple[str, ...]
-    at: Mapping[str, Any]
-    config: Config
-
-
-@dataclass(frozen=True)
-class Set:
-    """A comparison: its rows, published figures by name, gaps to be recovered, axes of the picture."""
-
-    name: str
-    title: str
-    rows: tuple[Row, ...]
-    paper: Mapping[str, str]
-    gaps: Mapping[str, Sequence[str]]
-    plot: Mapping[str, str]
-
-
-def is_networks(name: str) -> bool:
-    """Whether a comparison is one of trained networks."""
-    return _file(name).get("kind") == "networks"
-
-
-def _file(name: str) -> dict[str, Any]:
-    found: Any = OmegaConf.to_object(OmegaConf.load(config_dir() / "compare" / f"{name}.yaml"))
-    return dict(found)
-
-
-def listed(found: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-    """(name, words, place in the picture) of every run of a file: its runs, its grid, links of its chains, runs after them."""
-    for name, words in found["runs"].items():
-        yield name, words, {}
-    if grid := found.get("grid"):
-        keys = list(grid["values"])
-        for values in itertools.product(*grid["values"].values()):
-            at = dict(zip(keys, values, strict=True))
-            yield ", ".join(f"{k.split('.')[-1]} {v:g}" for k, v in at.items()), [
-                *grid["words"], *(f"{k}={v:g}" for k, v in at.items())], at  # fmt: skip
-    if chains := found.get("chains"):
-        yield from _links(chains)
-    for name, words in (found.get("after") or {}).items():
-        yield name, words, {}
-
-
-def _links(chains: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-    """Every link of every path, once: 10, 10-6, 10-6-2; the first of a path is a teacher trained alone."""
-    seen = set()
-    for path in chains["paths"]:
-        for end in range(1, len(path) + 1):
-            name = "-".join(map(str, path[:end]))
-            if name in seen:
-                continue
-            seen.add(name)
-            size = f"{chains['key']}={path[end - 1]}"
-            before = "-".join(map(str, path[: end - 1]))
-            words = [*chains["student"], f"kd.teachers=[@{before}]"] if before else list(chains["teacher"])
-            yield name, [*words, size], {"path": path[:end]}
-
-
-def read(argv: Sequence[str], judge: Callable[[Sequence[str]], Config] = compose) -> tuple[Set, Path, bool]:
-    """The comparison, where it goes, whether JSON is asked for. judge: words -> Config. UserError for what can't be run."""
-    own = {k: v for k, _, v in (word.partition("=") for word in argv) if k in _OWN}
-    if set_here := next((w.partition("=")[0] for w in argv if w.startswith(("steps=", "run_dir=", "budget_min="))), None):
-        raise UserError(f"{set_here} is set by the comparison, for each run; leave it out")
-    name = own["preset"]
-    found = _file(name)
-    smoke, as_json = truth("smoke", own), truth("json", own)
-    place = Path(own.get("out") or f"runs/{name}{'-smoke' if smoke else ''}").expanduser().absolute()
-    given = [word for word in argv if word.partition("=")[0] not in _OWN]
-    rows: list[Row] = []
-    for run, mine, at in listed(found):
-        words = last(*found["common"], *mine, *(found["smoke"] if smoke else ()), *given)
-        needs = [a or b for word in words for a, b in _REFERENCE.findall(word)]
-        if unknown := [n for n in needs if n not in {r.name for r in rows}]:
-            raise UserError(f"{name}, {run}: @{unknown[0]} is no run above it")
-        resolved = tuple(_REFERENCE.sub(lambda m: quoted(str(folder(place, m[1] or m[2]))), word) for word in words)
-        try:
-            config = judge(resolved)
-        except UserError as e:
-            raise UserError(f"{name}, {run}: {e}") from None
-        rows.append(Row(run, resolved, tuple(needs), at, config))
-    made = Set(name, found["title"], tuple(rows), found.get("paper") or {}, found.get("gaps") or {}, found.get("plot") or {})
-    return made, place, as_json
+TOGETHER = " together"
 
 
 def finished(row: Row, place: Path) -> bool:
@@ -169,7 +68,8 @@ def report(c: Set, place: Path) -> list[dict[str, Any]]:
             "images": summary.get("test_images"), "parameters": summary.get("parameters"), "minutes": summary["minutes"],
             "all_minutes": round(summary["minutes"] + sum(found[name]["minutes"] for name in before), 2),
             "all_steps": summary["steps"] + sum(found[name]["steps"] for name in before),
-            "corrections": summary.get("corrections"), "paper": c.paper.get(row.name), "at": dict(row.at),
+            "corrections": summary.get("corrections"), "together": summary.get("together"),
+            "paper": c.paper.get(row.name), "at": dict(row.at),
         })  # fmt: skip
     return rows
 
@@ -186,11 +86,12 @@ def _before(c: Set, row: Row) -> set[str]:
 
 
 def recovered(c: Set, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the gap in errors between two runs, [alone, teacher], the part that a student closes.
+    """Of the gap in errors between two runs, [alone, teacher], the part that a student closes; `<run> together`: its ensemble.
 
     Students are compared seed by seed with the same network alone: they begin and see the images alike.
     """
     errors, out = {row["name"]: row["errors"] for row in rows}, {}
+    errors |= {f"{row['name']}{TOGETHER}": [row["together"]] for row in rows if row["together"] is not None}
     for student, (alone, teacher) in c.gaps.items():
         gap = Summary.of([float(e) for e in errors[alone]]).mean - Summary.of([float(e) for e in errors[teacher]]).mean
         if gap > 0:
@@ -214,6 +115,10 @@ def text(c: Set, rows: Sequence[dict[str, Any]], gaps: Mapping[str, dict[str, An
         minutes = (f"{row['minutes']:.1f}", f"{row['all_minutes']:.1f}")
         accuracy = f"{100 * row['test']['mean']:.2f}"
         cells.append((row["name"], *_count(row["errors"]), accuracy, str(row["steps"]), *minutes, row["paper"] or "-"))
+        if f"{row['name']}{TOGETHER}" in {name for pair in c.gaps.values() for name in pair}:
+            cells.append(
+                ("  together", *_count([row["together"]]), f"{100 * (1 - row['together'] / row['images']):.2f}", *[""] * 4)
+            )
         for how, note in (("before", "as trained"), ("prior", "bias by prior"), ("test", "bias by the test set")):
             if correction := row["corrections"]:
                 part = correction[how]
@@ -223,7 +128,19 @@ def text(c: Set, rows: Sequence[dict[str, Any]], gaps: Mapping[str, dict[str, An
     for name, g in gaps.items():
         known = "" if g["ci95"] is None else f" +-{100 * g['ci95']:.0f} (95% interval, n={g['n']})"
         lines.append(f"{name}: recovers {100 * g['mean']:.0f}%{known} of the gap between {g['of'][0]} and {g['of'][1]}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_paths(rows)])
+
+
+def _paths(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Of the chains to one size: the best, and the direct path, at equal steps of the student."""
+    links = [row for row in rows if len(row["at"].get("path", [])) > 1]
+    for end in sorted({row["at"]["path"][-1] for row in links}):
+        routes = [row for row in links if row["at"]["path"][-1] == end and row["at"]["path"][0] == links[0]["at"]["path"][0]]
+        direct = [row for row in routes if len(row["at"]["path"]) == 2]
+        if len(routes) > 1 and direct:
+            best = max(routes, key=lambda row: float(row["test"]["mean"]))
+            shown = [f"{row['name']} {Summary(**row['test']).text()}" for row in (best, direct[0])]
+            yield f"to {end}: the best of {len(routes)} paths is {shown[0]}; the direct one is {shown[1]}"
 
 
 def result(c: Set, place: Path, record: Record, as_json: bool) -> None:

@@ -150,18 +150,27 @@ class Networks:
     def _write(self, state: MetaState, folder: RunFolder, best: Phi, summary: dict[str, Any]) -> None:
         if self.config.data.exclude:
             summary["corrections"] = self.corrections(best["theta"].detach())
+        logits = self._all_logits(best["theta"].detach())
+        if len(logits) > 1:
+            together = torch.softmax(logits.double(), -1).mean(0).argmax(-1)
+            summary["together"] = int((together != self.setup.data.test.y).sum())
         summary["text"] = text(summary, folder, self.setup.data.classes)
         metrics = {k: summary[k] for k in ("test", "errors", "test_images", "valid_accuracy")}
         folder.fence()
         self.file(best, state.best_step, metrics).save(folder.path / FILE)
         self.file(state.kept, state.step, {}).save(folder.path / LAST)
-        self._report(best["theta"].detach(), summary, folder)
+        self._report(logits.argmax(-1), summary, folder)
         folder.fence()  # drawing takes seconds
         folder.write_summary(summary)
 
-    def _report(self, theta: Tensor, summary: dict[str, Any], folder: RunFolder) -> None:
+    @torch.no_grad()
+    def _all_logits(self, theta: Tensor) -> Tensor:
+        """On the test split: [S, N, K]."""
+        pairs = zip(theta, self.buffers(theta), strict=True)
+        return torch.stack([self._logits(one, buffers, self.setup.data.test.x) for one, buffers in pairs])
+
+    def _report(self, guesses: Tensor, summary: dict[str, Any], folder: RunFolder) -> None:
         test, classes = self.setup.data.test, self.setup.data.classes
-        guesses = predictions(self.learner, theta, self.buffers(theta), test.x, chunk=len(theta), batch=_AT_ONCE)
         known = {Path(t["path"]).name: t["errors"] for t in summary["teachers"] if t["errors"]}
         teachers = {name: sum(values) / len(values) for name, values in known.items()}
         title = f"{summary['method']} on {summary['data']}, {summary['net']}, {summary['steps']} steps"
@@ -207,6 +216,8 @@ def text(summary: dict[str, Any], folder: RunFolder, classes: tuple[str, ...]) -
     lines = [f"{what}, {summary['steps']} steps, {summary['minutes']:.1f} min"]
     lines.append(f"  test errors    {errors(summary['errors'], images)}")
     lines.append(f"  test accuracy  {Summary(**summary['test']).text()}")
+    if "together" in summary:
+        lines.append(f"  all together   {errors([summary['together']], images)}, by the mean of their probabilities")
     for teacher in summary["teachers"]:
         known = teacher["errors"]
         lines.append(f"  teacher {teacher['path']}" + (f"  {errors(known, images)}" if known else ""))

@@ -25,7 +25,8 @@ from metadist.run.cluster.command import check_scheduler, free, place_workers, t
 from metadist.run.cluster.mounts import refuse_local
 from metadist.run.cluster.precheck import precheck
 from metadist.run.compare import folder
-from metadist.run.compare_networks import Row, Set, begun, finished, read, result
+from metadist.run.compare_networks import begun, finished, result
+from metadist.run.compare_set import Row, Set, read
 from metadist.run.compose import Point, compose
 from metadist.run.sweep import Job, quoted
 
