@@ -57,7 +57,7 @@ def test_three_gradients_make_a_table_a_picture_and_a_record_and_are_not_repeate
 
 
 WRONG = {
-    "steps=3": "usage: python launch/compare.py preset=<early_stop|gtn_curricula",
+    "steps=3": "usage: python launch/compare.py preset=<early_stop|early_stop_cifar100|gtn_curricula",
     "preset=hinton steps=3": "steps is set by the comparison",
     "preset=takd smoke=yes": "smoke=yes is unknown",
     "preset=gtn_curricula steps=3": "steps is set by the comparison",

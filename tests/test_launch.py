@@ -57,7 +57,7 @@ def test_preset_and_its_smoke(preset):
     work = [c.tasks * c.real_batch * c.inner.steps * c.inner.epochs for c in (smoke, full)]
     assert work[0] < work[1]
     assert smoke.eval.final_nets <= 2 or smoke.method.synthetic == "network"
-    assert set(header("preset", preset)) - {"experts"} == {"title", "source", "cost", "command", "expect"}
+    assert set(header("preset", preset)) - {"experts", "scale"} == {"title", "source", "cost", "command", "expect"}
     assert f"preset={preset} " in header("preset", preset)["command"] + " "
     for config in (full, smoke):
         validate_module.validate_with_data(config, 10)

@@ -110,7 +110,7 @@ def _count(values: Sequence[int] | None) -> tuple[str, str]:
 def text(c: Set, rows: Sequence[dict[str, Any]], gaps: Mapping[str, dict[str, Any]]) -> str:
     """The table for people, and a line for every gap."""
     header = ("run", "test errors (sd, n)", "95 %", "accuracy %", "steps", "minutes", "with its teachers", "paper")
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         minutes = (f"{row['minutes']:.1f}", f"{row['all_minutes']:.1f}")
         accuracy = f"{100 * row['test']['mean']:.2f}"

@@ -31,7 +31,7 @@ USAGE = """usage: python launch/local.py [-m] [--cfg] [key=value ...]
 The same command on a run folder resumes it. Keys given here beat a preset's, which beat its method's, data set's and network's.
 `python launch/runs.py` lists and compares run folders."""
 
-FIELDS = ("source", "cost", "experts", "command", "expect")
+FIELDS = ("source", "scale", "cost", "experts", "command", "expect")
 
 
 def header(group: str, option: str) -> dict[str, str]:
