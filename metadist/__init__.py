@@ -4,8 +4,8 @@
     distilled = metadist.load("mnist-10")
     net = distilled.replay(MyNet())
 
-``distil``, ``load``, ``evaluate``: see ``metadist.api``. They are imported when they are first used: programs that print a
-help text or list run folders start without torch.
+``distil``, ``load``, ``evaluate``, ``load_network``: see ``metadist.api``. They are imported when they are first used:
+programs that print a help text or list run folders start without torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     # To a type checker ``metadist.evaluate`` is the function. At run time it is the package of that name, which is callable:
     # importing anything from the package binds its name here, whatever else stood there (see metadist/evaluate/__init__.py).
-    from metadist.api import distil, evaluate, load
+    from metadist.api import distil, evaluate, load, load_network
     from metadist.errors import RunError, UserError
     from metadist.synthetic.distilled import DistilledSet
 
 __version__ = "0.1.0"
-__all__ = ["DistilledSet", "RunError", "UserError", "distil", "evaluate", "load"]
+__all__ = ["DistilledSet", "RunError", "UserError", "distil", "evaluate", "load", "load_network"]
 
 _HOME = {
     "DistilledSet": "metadist.synthetic.distilled",
@@ -29,6 +29,7 @@ _HOME = {
     "UserError": "metadist.errors",
     "distil": "metadist.api",
     "load": "metadist.synthetic.distilled",
+    "load_network": "metadist.api",
 }
 
 

@@ -41,8 +41,10 @@ from metadist.run.signals import Stop, stop_status
 from metadist.run.sweep import quoted
 from metadist.run.worker import execute
 from metadist.synthetic.distilled import DistilledSet, load
+from metadist.synthetic.network import Network
+from metadist.synthetic.network import load as load_network
 
-__all__ = ["distil", "evaluate", "load"]
+__all__ = ["Network", "distil", "evaluate", "load", "load_network"]
 
 
 def distil(
@@ -81,6 +83,8 @@ def distil(
         raise UserError("test is given without train; give both Datasets")
     words = {"method": method, "run_dir": run_dir} | _objects(train, net)
     config = _compose([*_words({k: v for k, v in words.items() if v is not None}), *_words(overrides)])
+    if config.method.synthetic == "network":
+        raise UserError(f"method={config.method.name} trains networks, it distils no images; use launch/local.py")
     if config.method.name == "lower_bound":
         raise UserError("method=lower_bound is a demonstration that distils no images; run launch/local.py method=lower_bound")
     if config.workers != 1:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metadist.config_machine import ClusterConfig, EngineConfig, ExchangeConfig
-from metadist.config_trajectory import ExpertsConfig, KdConfig, TrajectoryConfig
+from metadist.config_train import KdConfig, TrainConfig
+from metadist.config_trajectory import ExpertsConfig, TrajectoryConfig
 
 
 @dataclass
@@ -14,7 +15,7 @@ class MethodConfig:
     """A point in the space of methods; a published name sets the four words."""
 
     name: str = "dd_random_init"  # the published name; a run folder and its manifest carry it
-    synthetic: str = "images"  # images | generator
+    synthetic: str = "images"  # images | generator | network: ordinary training, no set is learned
     gradient: str = "unrolled"  # unrolled | truncated | implicit | matching | distribution | trajectory
     init: str = "random"  # fixed | random | pretrained | expert
     objective: str = "real"  # real | poison
@@ -138,22 +139,24 @@ class MetaConfig:
 class DataConfig:
     """Real data."""
 
-    name: str = "digits"  # digits | mnist | fashion_mnist | cifar10 | cifar100 | svhn | usps | folder
+    name: str = "digits"  # digits | mnist | fashion_mnist | cifar10 | cifar100 | svhn | usps | folder | distilled
     root: str = "data"  # where torchvision finds or puts it
     download: bool = False  # fetch it there if it is missing
-    path: str | None = None  # name=folder: class folders of images
+    path: str | None = None  # name=folder: class folders of images; name=distilled: a distilled set, or its run folder
     size: int | None = None  # resize to size x size
     validation: float = 0.1  # fraction of the training data held out
     split_seed: int = 0  # draws which images are held out
     normalize: str = "standard"  # standard: published mean and sd, else measured | zca | none
-    augment: str = "none"  # of real batches: none | crop | flip | crop_flip
+    augment: str = "none"  # of real batches: none | crop | flip | crop_flip | jitter: shifts by up to 2 pixels
+    fraction: float = 1.0  # of the training images, every class in proportion, that are trained on
+    exclude: list[int] = field(default_factory=list)  # method=kd and train: classes without a training image
 
 
 @dataclass
 class NetConfig:
     """The learner."""
 
-    name: str = "lenet"  # mlp | lenet | alexcifar | convnet | resnet18 | resnet50 | gtn | alexnet | vgg11 | custom
+    name: str = "lenet"  # mlp|lenet|alexcifar|convnet|resnet18|resnet50|gtn|alexnet|vgg11|plain|resnet_cifar|custom
     init: str = "xavier"  # xavier | kaiming | orthogonal | default
     width: int = 0  # 0: the net's own default
     depth: int = 0  # 0: the net's own default
@@ -162,6 +165,8 @@ class NetConfig:
     activation: str = "relu"  # sigmoid | relu | leaky
     pooling: str = "avg"  # none | max | avg
     weight_norm: bool = False  # W = g V / |V| in every convolution and linear layer
+    dropout: float = 0.0  # mlp, method=train and kd: probability that a hidden unit is dropped, to 1/256
+    input_dropout: float = 0.0  # the same for a pixel
     target: str | None = None  # name=custom: import path of an nn.Module class
     kwargs: dict[str, Any] = field(default_factory=dict)  # name=custom: its arguments
 
@@ -223,6 +228,7 @@ class Config:
     implicit: ImplicitConfig = field(default_factory=ImplicitConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     kd: KdConfig = field(default_factory=KdConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)

@@ -36,12 +36,3 @@ class TrajectoryConfig:
     grow_from: int = 0  # 0: min_start + 1
     batch: int = 0  # images of an inner step, by a new permutation each pass; 0: all / inner.steps
     replay: int = 500  # steps of the recorded training (validation, the finished set): the inner steps over and over
-
-
-@dataclass
-class KdConfig:
-    """method.loss=distillation: (1 - alpha) cross-entropy + alpha scale KL(teacher || student), both softened by T."""
-
-    alpha: float = 0.5  # weight of the soft term
-    T: float = 3.0  # temperature
-    scale: float | None = None  # null: T^2, which keeps the soft term's gradient at the size of the hard one's

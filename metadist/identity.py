@@ -63,8 +63,9 @@ def identity(config: Config) -> dict[str, Any]:
         "matching.": method.gradient == "matching",
         "trajectory.": method.gradient == "trajectory",
         "experts.": method.gradient == "trajectory",
+        "train.": method.synthetic == "network",
         "kd.": guided,
-        "teacher.": guided,
+        "teacher.": guided and method.synthetic != "network",
     }
     elsewhere = tuple(prefix for prefix, used in read.items() if not used)
     leaves = {k: v for k, v in flatten(config).items() if not k.startswith(elsewhere)}

@@ -238,7 +238,7 @@ def test_import_is_light_and_evaluate_is_room_and_function() -> None:
     code = """
 import sys, metadist
 assert "torch" not in sys.modules and "hydra" not in sys.modules
-assert {"distil", "load", "evaluate", "DistilledSet"} <= set(dir(metadist))
+assert {"distil", "load", "load_network", "evaluate", "DistilledSet"} <= set(dir(metadist))
 assert metadist.UserError.__name__ == "UserError" and "torch" not in sys.modules
 assert callable(metadist.evaluate)
 from metadist.evaluate.statistics import Summary

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare_cases import CHAIN
 from PIL import Image
 
-from metadist.run import compare
+from metadist.run import command, compare, compare_networks, compare_set
 from metadist.run.guard import guarded
+from metadist.run.sweep import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["smoke=true", "data=digits", "data.size=8", "threads=1", "device=cpu", "engine.compile=off", "eval.nets=2"]
@@ -55,7 +57,9 @@ def test_three_gradients_make_a_table_a_picture_and_a_record_and_are_not_repeate
 
 
 WRONG = {
-    "steps=3": "usage: python launch/compare.py preset=<gtn_curricula|gtn_three_gradients",
+    "steps=3": "usage: python launch/compare.py preset=<early_stop|early_stop_cifar100|gtn_curricula",
+    "preset=hinton steps=3": "steps is set by the comparison",
+    "preset=takd smoke=yes": "smoke=yes is unknown",
     "preset=gtn_curricula steps=3": "steps is set by the comparison",
     "preset=mtt_kd seed=3": "seed is set by the comparison: it runs with seeds 0, 1, 2; leave it out",
     "preset=gtn_curricula smoke=yes": "smoke=yes is unknown",
@@ -76,6 +80,8 @@ def test_a_mistake_is_one_line_before_any_work(wrong: str, tmp_path: Path, capsy
 
 def test_every_comparison_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     for name in compare.comparisons():
+        if compare_set.is_networks(name):
+            continue
         for smoke in ("false", "true"):
             found, place, _ = compare.read([f"preset={name}", f"smoke={smoke}"])
             assert len(found.runs) >= 2 and found.curve in ("valid_accuracy", "meta_loss") and place.name.startswith(name)
@@ -85,7 +91,52 @@ def test_every_comparison_can_be_run(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_of_several_words_for_a_key_the_last_counts() -> None:
-    assert compare._last("a=1", "b=2", "a=3") == ("a=3", "b=2")
+    assert compare.last("a=1", "b=2", "a=3") == ("a=3", "b=2")
+
+
+@pytest.mark.parametrize("name", [n for n in compare.comparisons() if compare_set.is_networks(n)])
+def test_every_comparison_of_networks_can_be_run(name: str) -> None:
+    found, place, _ = compare_set.read([f"preset={name}", "smoke=true"])
+    rows = {row.name: row for row in found.rows}
+    assert len(rows) == len(found.rows) >= 3 and place.name.startswith(name)
+    named = {*found.paper, *found.gaps, *(g.removesuffix(" together") for gap in found.gaps.values() for g in gap)}
+    assert named <= set(rows)
+    for row in found.rows:
+        assert bool(row.needs) == any("kd.teachers=[" in w or ("data.path=" in w and "mnist-100" not in w) for w in row.words)
+        assert all(any(str(compare.folder(place, need)) in word for word in row.words) for need in row.needs)
+
+
+def test_a_chain_is_run_in_order_once_with_its_gap_and_its_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "chain.yaml").write_text(CHAIN)
+    started: list[str] = []
+
+    def here(job: Job, forward: object) -> int:
+        started.append(Path(job.run_dir).name)
+        return command.main(job.words)
+
+    monkeypatch.setattr(compare_set, "config_dir", lambda: tmp_path)
+    monkeypatch.setattr(compare_networks, "run_child", here)
+    words = ["preset=chain", f"out={tmp_path / 'out'}"]
+    assert compare_networks.main(words) == 0
+    assert started == ["alone", "32", "32-4", "32-8", "32-8-4", "longer"]
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert {n: r["all_steps"] for n, r in rows.items()} == {
+        "alone": 100, "32": 100, "32-4": 200, "32-8": 200, "32-8-4": 300, "longer": 300,
+    }  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "32-8-4" / "summary.json").read_text())
+    assert summary["teachers"][0]["path"] == str(tmp_path / "out" / "32-8")
+    assert rows["32-8-4"]["errors"] == summary["errors"] and len(summary["errors"]) == 3
+    gap = record["gaps"]["32-4"]
+    mean = {n: sum(r["errors"]) / 3 for n, r in rows.items()}
+    assert gap["mean"] == pytest.approx((mean["alone"] - mean["32-4"]) / (mean["alone"] - mean["32"])) and gap["ci95"] > 0
+    out = capsys.readouterr().out
+    assert "32-4: recovers" in out and "12 %" in out and (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+    assert compare_networks.main([*words, "json=true"]) == 0 and len(started) == 6  # nothing is repeated
+    assert guarded(compare_networks.main, [*words, "seed=3"]) == 2
 
 
 def test_runs_of_one_cost_get_the_steps_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -640,7 +640,10 @@ def test_transfer_nets_refuse_small_images() -> None:
 
 
 def test_names_and_a_module_of_the_users_folder(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    assert NAMES == ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11", "custom")
+    assert NAMES == (
+        "mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11",
+        "plain", "resnet_cifar", "custom",
+    )  # fmt: skip
     (tmp_path / "my_own_net.py").write_text(
         "from torch import nn\n\nclass Net(nn.Sequential):\n"
         "    def __init__(self, hidden):\n        super().__init__(nn.Flatten(), nn.Linear(4, hidden), nn.Linear(hidden, 2))\n"

@@ -16,6 +16,7 @@ from metadist.data import SMOKE
 from metadist.run.compose import compose
 from metadist.run.folder import RunFolder
 from metadist.run.overrides import groups
+from metadist.synthetic import network
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = os.environ.get("METADIST_DATA")
@@ -58,6 +59,10 @@ def test_smoke(preset: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureF
     machine = ["threads=1", "device=cpu", "engine.compile=off", f"data.root={REAL or 'data'}", f"cache_dir={cache}"]
     words = [f"preset={preset}", "smoke=true", *machine, f"run_dir={folder}"]
     config = compose(words)
+    if config.method.name == "kd":
+        teacher = [f"preset={preset.replace('kd', 'teacher')}", "smoke=true", *machine, f"run_dir={tmp_path / 'teacher'}"]
+        assert program(teacher) == 0, capsys.readouterr().err
+        words.append(f"kd.teachers=[{tmp_path / 'teacher'}]")
     before = torch.get_num_threads()
     assert program(words) == 0, capsys.readouterr().err
     assert torch.get_num_threads() == before
@@ -66,6 +71,13 @@ def test_smoke(preset: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureF
     assert summary["finished"] and summary["steps"] == config.steps and summary["skipped"] == 0
     assert summary["text"] in out and str(folder) in out
     assert 0 <= summary["test"]["mean"] <= 1
+    found = RunFolder.attach(folder).checkpoints.load_newest()
+    assert found is not None and found[0] == config.steps
+    if config.method.synthetic == "network":
+        networks = network.load(folder)
+        assert len(networks) == len(summary["errors"]) == config.train.networks and networks.theta.isfinite().all()
+        assert summary["test"]["mean"] == pytest.approx(1 - sum(summary["errors"]) / len(networks) / summary["test_images"])
+        return
     names = {"accuracy", "attacked_accuracy", "success"} if config.method.objective == "poison" else set()
     assert set(summary["figures"]) == names
     judged = summary["test"]["mean"] * summary["test"]["n"] * SMOKE[2]

@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax, sof
 import metadist
 from metadist import nets, store
 from metadist.config import Config, DataConfig, InnerConfig, LabelsConfig, MethodConfig, NetConfig
-from metadist.config_trajectory import KdConfig, TrajectoryConfig
+from metadist.config_train import KdConfig
+from metadist.config_trajectory import TrajectoryConfig
 from metadist.data import dsa
 from metadist.errors import RunError, UserError
 from metadist.evaluate import teachers

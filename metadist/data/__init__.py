@@ -33,7 +33,7 @@ __all__ = [
     "augment", "baseline", "check", "from_datasets", "load",
 ]  # fmt: skip
 
-NAMES = (*sources.NAMED, "folder")
+NAMES = (*sources.NAMED, "folder", "distilled")
 SMOKE = (512, 64, 64)  # at most so many training, validation and test images in a smoke run
 
 
@@ -43,6 +43,8 @@ def check(cfg: DataConfig) -> None:
         raise errors.unknown("data", cfg.name, NAMES)
     if cfg.name == "folder" and not cfg.path:
         raise UserError("data=folder needs data.path=<folder that holds one folder of images per class>")
+    if cfg.name == "distilled":
+        raise UserError("data=distilled is a set to train networks on (method=train or kd); give the name of real data here")
     _check_common(cfg)
     if cfg.name in sources.DIGIT_SETS and "flip" in cfg.augment:
         raise UserError(
@@ -94,6 +96,8 @@ def _check_common(cfg: DataConfig) -> None:
         raise UserError(f"data.size={cfg.size} must be a side in pixels from 1 to 1024, or null for the images' own")
     if not 0 < cfg.validation < 1:
         raise UserError(f"data.validation={cfg.validation:g} must lie between 0 and 1 (exclusive), such as 0.1")
+    if not 0 < cfg.fraction <= 1:
+        raise UserError(f"data.fraction={cfg.fraction:g} is no part of the training images; allowed: above 0 and at most 1")
 
 
 def _place(
@@ -106,6 +110,7 @@ def _place(
     if cfg.size is not None:
         train, valid, test = ((pixels.resize(x, cfg.size), y) for x, y in (train, valid, test))
     fitted = normalization.fit(cfg.normalize, raw.name, train[0], cache_dir)
+    train = splits.transfer(train, cfg.exclude, cfg.fraction, cfg.split_seed)
     parts = [_resident(part, fitted, device, dtype) for part in (train, valid, test)]
     return Data(raw.name, parts[0], parts[1], parts[2], raw.classes, fitted)
 

@@ -1,10 +1,10 @@
-"""Augmentation of real batches: random crops of reflect-padded images and horizontal flips, drawn by counter.
+"""Augmentation of real batches: random crops of reflect-padded images, horizontal flips, small shifts, drawn by counter.
 
 Design choices
 - Every pixel of the result is a pixel of the source, so one gather does crop and flip together, for all images of all tasks.
 - Parameters come from the task's key alone: the same in any group, on any worker and device.
 - Recipe of Dataset Distillation (arXiv 1811.10959) and Generative Teaching Networks (arXiv 1912.07768) for CIFAR-10: reflect
-  pad 4, crop, flip with probability 1/2.
+  pad 4, crop, flip with probability 1/2. Jitter: shifts by up to 2 pixels each way (arXiv 1503.02531, on MNIST).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from metadist import draw, errors
 from metadist.errors import UserError
 
-KINDS = ("none", "crop", "flip", "crop_flip")
-PAD = 4
+KINDS = ("none", "crop", "flip", "crop_flip", "jitter")
+PAD, JITTER = 4, 2  # pixels
 
 
 def augment(kind: str, keys: Tensor, x: Tensor) -> Tensor:
     """Augmented images of the same shape.
 
-    kind: none | crop | flip | crop_flip.
+    kind: none | crop | flip | crop_flip | jitter.
     keys: int64 [G, 2], one key a task.
     x: [G, R, C, H, W], R images a task; each image is drawn for on its own.
-    Raises UserError if the kind is unknown, or images are too small (4 pixels or less) to be padded by reflection.
+    Raises UserError if the kind is unknown, or images are too small (4 pixels or less; jitter: 2) to be padded by reflection.
     """
     if kind not in KINDS:
         raise errors.unknown("data.augment", kind, KINDS)
@@ -37,12 +37,12 @@ def augment(kind: str, keys: Tensor, x: Tensor) -> Tensor:
     if "flip" in kind:
         flipped = draw.integers(draw.split(keys, 1), (images, 1), 2)
         columns = torch.where(flipped == 1, width - 1 - columns, columns)
-    if "crop" in kind:
-        if min(height, width) <= PAD:
+    if pad := JITTER if kind == "jitter" else PAD * ("crop" in kind):
+        if min(height, width) <= pad:
             raise UserError(
-                f"data.augment={kind} pads by {PAD} pixels, too many for {width}x{height} images; enlarge data.size"
+                f"data.augment={kind} pads by {pad} pixels, too many for {width}x{height} images; enlarge data.size"
             )
-        shift = draw.integers(draw.split(keys, 0), (images, 2), 2 * PAD + 1) - PAD
+        shift = draw.integers(draw.split(keys, 0), (images, 2), 2 * pad + 1) - pad
         rows = _reflect(rows + shift[..., :1], height)
         columns = _reflect(columns + shift[..., 1:], width)
     index = (rows.unsqueeze(-1) * width + columns.unsqueeze(-2)).flatten(-2).unsqueeze(2)

@@ -9,6 +9,7 @@ Design choices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,25 @@ def divide(images: Images, fraction: float, key: Tensor, what: str, mend: str) -
     x, y = images
     kept, held = hold_out(y, fraction, key, what, mend)
     return (x[kept], y[kept]), (x[held], y[held])
+
+
+def transfer(images: Images, exclude: Sequence[int], fraction: float, seed: int) -> Images:
+    """The part of the training images that is trained on.
+
+    exclude: classes that are left out. fraction: of what is left, every class in proportion; 1: all. seed: `data.split_seed`.
+    Raises UserError if nothing would be left of some class, or of all.
+    """
+    x, y = images
+    if exclude:
+        kept = torch.tensor([int(c) not in exclude for c in y], dtype=torch.bool)
+        if not kept.any():
+            raise UserError(f"data.exclude={list(exclude)} leaves no class to train on; name fewer")
+        x, y = x[kept], y[kept]
+    if fraction < 1:
+        what = "data.fraction"
+        rows = hold_out(y, fraction, draw.key(seed, "training fraction"), what, "give more")[1]
+        x, y = x[rows], y[rows]
+    return x, y
 
 
 def complete(raw: Raw, validation: float, seed: int) -> tuple[Images, Images, Images]:

@@ -28,14 +28,17 @@ from metadist.nets.gtn import gtn
 from metadist.nets.learner import Learner
 from metadist.nets.lenet import lenet
 from metadist.nets.mlp import mlp
+from metadist.nets.plain import plain
 from metadist.nets.resnet import resnet18, resnet50
+from metadist.nets.resnet_cifar import resnet_cifar
 from metadist.nets.vgg11 import vgg11
 from metadist.nets.weight_norm import weight_normed
 
 __all__ = ["NAMES", "Learner", "build"]
 
 _CONVNET = {"width": "width", "depth": "depth", "norm": "norm", "activation": "act", "pooling": "pooling"}
-_MLP = {"width": "width", "depth": "depth", "activation": "act"}
+_MLP = {"width": "width", "depth": "depth", "activation": "act", "dropout": "dropout", "input_dropout": "input_dropout"}
+_SIZES = {"width": "width", "depth": "depth"}
 # Every family: its function, and its options as {key of NetConfig: argument}.
 _FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "mlp": (mlp, _MLP),
@@ -47,6 +50,8 @@ _FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "gtn": (gtn, {"width": "width", "depth": "depth", "draw_width": "widest"}),
     "alexnet": (alexnet, {}),
     "vgg11": (vgg11, {"norm": "norm"}),
+    "plain": (plain, _SIZES),
+    "resnet_cifar": (resnet_cifar, _SIZES),
 }
 NAMES: tuple[str, ...] = (*_FAMILIES, "custom")
 
@@ -55,7 +60,19 @@ def _options(cfg: NetConfig) -> dict[str, Any]:
     """The family's arguments; 0 leaves its own default. Raises UserError for an option that it has no use for."""
     known = _FAMILIES[cfg.name][1] if cfg.name in _FAMILIES else {"target": "", "kwargs": ""}
     plain = NetConfig()
-    for key in ("width", "depth", "draw_width", "norm", "activation", "pooling", "target", "kwargs"):
+    for key in (
+        *known,
+        "width",
+        "depth",
+        "draw_width",
+        "norm",
+        "activation",
+        "pooling",
+        "dropout",
+        "input_dropout",
+        "target",
+        "kwargs",
+    ):
         value = getattr(cfg, key)
         if key not in known and value != getattr(plain, key):
             raise UserError(

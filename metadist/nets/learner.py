@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.errors import UserError, unknown
 from metadist.nets import checks, layers
+from metadist.nets.dropout import placed, slots
 from metadist.nets.init import INITS, initialize, parameters
 from metadist.nets.watch import first_line
 
@@ -75,6 +76,7 @@ class Learner:
         self._fresh = {n: torch.stack((m.running_mean, m.running_var)) for n, m in norms.items()}
         self._norms = {n: len(m.running_mean) for n, m in norms.items()}
         self.buffers_size = 2 * sum(self._norms.values())
+        self.dropouts = slots(self.template)
 
     def views(self, theta: Tensor) -> dict[str, Tensor]:
         """The parameters as views of theta [P], by name."""
@@ -93,11 +95,15 @@ class Learner:
         """Weights drawn from p(theta0): keys int64 [G, 2] -> [G, P]; task g depends on keys[g] alone."""
         return initialize(self.template, self.kind, keys.to(self.device), self.factory, self.dtype)
 
-    def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Logits of the training-time forward pass: theta [P], x [B, C, H, W] -> [B, K]. Pure; BatchNorm uses the batch."""
+    def __call__(self, theta: Tensor, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Logits of the training-time forward pass: theta [P], x [B, C, H, W] -> [B, K]. Pure; BatchNorm uses the batch.
+
+        kept: dropout's masks [B, U] (``dropout.masks`` of ``dropouts``); None: nothing is dropped.
+        """
+        given = self.views(theta) | ({} if kept is None else placed(self.dropouts, kept, theta.dtype))
         # The fused attention kernels have no second derivative; the plain formula has.
         with sdpa_kernel(SDPBackend.MATH):
-            logits: Tensor = functional_call(self.net, self.views(theta), (x,))
+            logits: Tensor = functional_call(self.net, given, (x,))
         return logits
 
     def statistics(self, theta: Tensor, x: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""The inner loss of a learner: mean cross-entropy, of hard or soft labels, as a pure function of its weights."""
+"""Losses: mean cross-entropy of hard or soft labels as a pure function of a learner's weights; knowledge distillation's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from metadist.metagrad.mixed import Batch, Loss
 
@@ -48,22 +49,29 @@ def cross_entropy_loss(learner: Learner, weight_decay: float = 0.0) -> Loss:
     return loss
 
 
-def distillation_loss(learner: Learner, alpha: float, T: float, scale: float | None = None) -> Loss:
-    """The loss (theta [P], (x [B, C, H, W], y, t)) of a student with a teacher (Hinton et al. 2015, arXiv 1503.02531):
+def distillation(z: Tensor, p: Tensor, y: Tensor, alpha: float, T: float, scale: float | None = None) -> Tensor:
+    """Knowledge distillation's loss (Hinton et al. 2015, arXiv 1503.02531), means over the batch:
 
-        (1 - alpha) CE(z, y) + alpha s KL(softmax(t / T) || softmax(z / T)),    z = learner(theta, x),
+        (1 - alpha) CE(z, y) + alpha s KL(p || softmax(z / T)).
 
-    both terms means over the batch. As T grows, T^2 KL tends to |z - t|^2 / 2K for logits of zero mean.
-    alpha: weight of the soft term, 0 to 1. T: temperature, above 0. scale: s; None: T^2.
-    y: int64 [B] class numbers, or float [B, K] probabilities. t: float [B, K], the teacher's logits; differentiable, like x.
+    z: [B, K], the student's logits.
+    p: [B, K], the teacher's probabilities softmax(t / T), or the mean of several teachers'; differentiable, like z.
+    y: int64 [B] class numbers, or float [B, K] probabilities; not looked at where alpha is 1.
+    alpha: weight of the soft term, 0 to 1. T: temperature, above 0.
+    scale: s; None: T^2, which keeps the size of the soft term's gradient, alpha T (softmax(z / T) - p), as T grows: T^2 KL then
+        tends to |z - t|^2 / 2K, for logits of zero mean.
     """
     s = T**2 if scale is None else scale
+    known = (p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+    soft = (known - (p * log_softmax(z / T, dim=-1)).sum(-1)).mean()
+    return alpha * s * soft if alpha == 1 else (1 - alpha) * cross_entropy(z, y) + alpha * s * soft
+
+
+def distillation_loss(learner: Learner, alpha: float, T: float, scale: float | None = None) -> Loss:
+    """``distillation`` as the loss (theta [P], (x [B, C, H, W], y, t)) of a student; t: float [B, K], the teacher's logits."""
 
     def loss(theta: Tensor, batch: Batch) -> Tensor:
         x, y, t = batch
-        z = learner(theta, x)
-        theirs, ours = log_softmax(t / T, dim=1), log_softmax(z / T, dim=1)
-        soft = (theirs.exp() * (theirs - ours)).sum(1).mean()
-        return (1 - alpha) * cross_entropy(z, y) + alpha * s * soft
+        return distillation(learner(theta, x), softmax(t / T, dim=1), y, alpha, T, scale)
 
     return loss

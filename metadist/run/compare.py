@@ -10,6 +10,9 @@ measurements are not repeated.
 
 keys: preset (required), out (default runs/<preset>), budget_min, smoke, json=true; any other key goes to every run.
 
+Comparisons of trained networks (teachers, assistants, students) have steps of their own instead of a budget, and runs that wait
+for others: metadist.run.compare_networks.
+
 Design choices
 - Each run's number of meta-steps is its budget over the seconds a meta-step takes here, measured once and kept: a resumed
   comparison compares what it began to compare. Where a meta-step of all costs the same (same_steps), the first run's number
@@ -76,14 +79,14 @@ def read(argv: Sequence[str]) -> tuple[Comparison, Path, bool]:
     if own["preset"] not in comparisons():
         raise unknown("preset", own["preset"], comparisons())
     found: Any = OmegaConf.to_object(OmegaConf.load(config_dir() / "compare" / f"{own['preset']}.yaml"))
-    smoke, as_json = _truth("smoke", own), _truth("json", own)
+    smoke, as_json = truth("smoke", own), truth("json", own)
     words = tuple(word for word in argv if word.partition("=")[0] not in _OWN)
     more = (*found["common"], *(found["smoke"] if smoke else ()), *words)
     if "seeds" in found and any(word.startswith("seed=") for word in words):
         raise UserError(
             f"seed is set by the comparison: it runs with seeds {', '.join(map(str, found['seeds']))}; leave it out"
         )
-    runs = seeded({name: _last(*mine, *more) for name, mine in found["runs"].items()}, found.get("seeds", ()))
+    runs = seeded({name: last(*mine, *more) for name, mine in found["runs"].items()}, found.get("seeds", ()))
     for name, mine in runs.items():
         try:
             compose(mine)
@@ -106,7 +109,7 @@ def seeded(runs: Mapping[str, tuple[str, ...]], seeds: Sequence[int]) -> dict[st
     """Each run once for each seed, named "<run>, seed <seed>"; without seeds as they are."""
     if not seeds:
         return dict(runs)
-    return {f"{name}, seed {seed}": _last(*words, f"seed={seed}") for name, words in runs.items() for seed in seeds}
+    return {f"{name}, seed {seed}": last(*words, f"seed={seed}") for name, words in runs.items() for seed in seeds}
 
 
 def family(name: str) -> str:
@@ -114,13 +117,14 @@ def family(name: str) -> str:
     return name.partition(", seed ")[0]
 
 
-def _truth(key: str, own: dict[str, str]) -> bool:
+def truth(key: str, own: dict[str, str]) -> bool:
+    """The program's own key as true or false. Raises UserError for anything else."""
     if (given := own.get(key, "false")) not in ("true", "false"):
         raise unknown(key, given, ("true", "false"))
     return given == "true"
 
 
-def _last(*words: str) -> tuple[str, ...]:
+def last(*words: str) -> tuple[str, ...]:
     """The words; of several for one key the last."""
     return tuple({word.partition("=")[0]: word for word in words}.values())
 
@@ -183,7 +187,7 @@ def run_all(c: Comparison, place: Path, record: Record) -> bool:
         ignored = unread(compose(words))
         lengths = [key for key in ("inner.steps", "implicit.steps") if key not in ignored]
         for n in c.memory_steps:
-            sized = _last(*words, *(f"{key}={n}" for key in lengths))
+            sized = last(*words, *(f"{key}={n}" for key in lengths))
             record.once(f"{family(name)}: memory at {n}", lambda w=sized: probe(w)["bytes"])
     return True
 
@@ -249,8 +253,14 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__ + f"\ncomparisons: {', '.join(comparisons())}")
         return 0
-    from metadist.run import compare_plot
+    from metadist.run import compare_networks, compare_plot, compare_set
 
+    chosen = next((word.partition("=")[2] for word in argv if word.startswith("preset=")), None)
+    if chosen in comparisons() and compare_set.is_networks(str(chosen)):
+        return compare_networks.main(argv)
+    if away := next((w for w in argv if w.startswith("cluster=") and w != "cluster=local"), None):
+        networks = ", ".join(n for n in comparisons() if compare_set.is_networks(n))
+        raise UserError(f"{away}: {chosen} measures on this machine how far a budget goes; comparisons for arrays: {networks}")
     c, place, as_json = read(argv)
     record = Record(place / "comparison.json")
     if record.once("runs", lambda: {k: list(v) for k, v in c.runs.items()}) != {k: list(v) for k, v in c.runs.items()}:

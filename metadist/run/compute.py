@@ -33,6 +33,10 @@ class Method(Protocol):
         """Loss of each task: [G]."""
         ...
 
+    def figures(self) -> dict[str, float]:
+        """What to log of the last tasks besides their loss."""
+        ...
+
 
 class Compute:
     """Callable (phi, step, tasks) -> flat buffer [gradient sum..., loss sum, task count].

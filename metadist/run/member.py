@@ -26,10 +26,11 @@ from metadist.exchange.keys import find_server
 from metadist.exchange.wire import Layout
 from metadist.exchange.work import Judge, Leave, Settings, Work
 from metadist.identity import identity_hash
-from metadist.run import judge, plan
+from metadist.run import plan
 from metadist.run.compute import Compute
 from metadist.run.folder import RunFolder
-from metadist.run.setup import Setup, build
+from metadist.run.job import build, product
+from metadist.run.product import Job
 from metadist.run.signals import SIGNALS, Stop
 from metadist.run.trainer import check_pool
 
@@ -98,7 +99,7 @@ def _meet(folder: RunFolder) -> RunFolder:
     return RunFolder.attach(folder.path, incarnation)
 
 
-def work(client: Client, setup: Setup, compute: Compute, layout: Layout) -> None:
+def work(client: Client, setup: Job, compute: Compute, layout: Layout) -> None:
     """Do what the server asks for until it says leave."""
     staging, busy = Staging(layout, setup.device), 0.0
     while not isinstance(what := client.next(busy), Leave):
@@ -116,10 +117,9 @@ def _compute(client: Client, what: Work, compute: Compute, layout: Layout, stagi
     client.push(what, staging.down(total[:-2]), float(total[-2]))
 
 
-def _judge(what: Judge, setup: Setup, layout: Layout) -> Tensor:
+def _judge(what: Judge, setup: Job, layout: Layout) -> Tensor:
     phi = layout.split(what.phi.to(setup.device, copy=True))
-    networks = setup.starts.held_out(what.all, what.purpose)[what.first : what.first + what.count]
-    return judge.figures_of(setup, phi, what.purpose, networks)
+    return product(setup).share(phi, what.purpose, what.first, what.count, what.all)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,12 +26,14 @@ from metadist.run.cost import duration
 from metadist.store import atomic_write, disk_error
 
 NAMES: dict[str, str] = {
-    "meta_loss": "cross-entropy on real data after training on the distilled images, mean over the step's tasks",
+    "meta_loss": "cross-entropy on real data after training on the distilled images, mean over the step's tasks; "
+    "method=train and kd: the networks' own loss",
     "grad_norm": "Euclidean norm of the whole meta-gradient, before clipping",
     "rate/": "learned learning rate of inner step NN (rate/00 is the first)",
     "momentum/": "learned momentum of inner step NN",
     "meta_rate": "learning rate of the outer optimizer at this step, roll-backs included",
-    "valid_accuracy": "accuracy in percent on the validation split, mean over fresh networks trained on the distilled set",
+    "valid_accuracy": "accuracy in percent on the validation split, mean over fresh networks trained on the distilled set; "
+    "method=train and kd: over the networks",
     "valid_accuracy_sd": "standard deviation in percent of that accuracy over the networks",
     "step_s": "wall seconds of a meta-step, mean since the last log",
     "compute_s": "of step_s: this worker's tasks forward and backward",

@@ -15,18 +15,16 @@ from typing import NamedTuple
 import torch
 
 from metadist.errors import UserError
-from metadist.evaluate.protocols import CURVE_IMAGES
 from metadist.exchange import Exchange
 from metadist.exchange.allreduce import share
 from metadist.exchange.server import batch_of
 from metadist.metagrad.execution import compiler_at_hand
 from metadist.metagrad.memory import LiveBytes, group_size
-from metadist.run import forecast
 from metadist.run.compute import Compute
 from metadist.run.cost import disk_mb, estimate, megabytes, peak_memory_mb
 from metadist.run.folder import RunFolder
 from metadist.run.monitor import Monitor
-from metadist.run.setup import Setup
+from metadist.run.product import Job, Product
 from metadist.run.state import MetaState
 
 COMPILE_S = 60.0  # what compilation of step and adjoint takes on a CPU, rounded up
@@ -40,7 +38,7 @@ class Decisions(NamedTuple):
     compile: bool
 
 
-def decide(setup: Setup, folder: RunFolder, exchange: Exchange, step: int) -> Decisions:
+def decide(setup: Job, folder: RunFolder, exchange: Exchange, step: int) -> Decisions:
     """Resolve group size and compilation for this number of workers, or read what was resolved before.
 
     Raises UserError if compilation is wanted, or recorded, where no compiler is.
@@ -49,7 +47,7 @@ def decide(setup: Setup, folder: RunFolder, exchange: Exchange, step: int) -> De
     return _decide(setup, folder, most, setup.config.steps - step, f"group-{exchange.world}", "compile")
 
 
-def decide_for_server(setup: Setup, folder: RunFolder, item: int) -> Decisions:
+def decide_for_server(setup: Job, folder: RunFolder, item: int) -> Decisions:
     """The same for a worker of a server, which computes ``item`` tasks at once; the first of a kind of device resolves it."""
     config, kind = setup.config, setup.device.type
     rounds = config.steps * batch_of(config) // (item * max(config.workers, 1))
@@ -57,7 +55,7 @@ def decide_for_server(setup: Setup, folder: RunFolder, item: int) -> Decisions:
 
 
 def _decide(
-    setup: Setup, folder: RunFolder, most: int, rounds: int, group_name: str, compile_name: str, anyone: bool = False
+    setup: Job, folder: RunFolder, most: int, rounds: int, group_name: str, compile_name: str, anyone: bool = False
 ) -> Decisions:
     """most: tasks of one round of compute; rounds: how many are left."""
     engine = setup.config.engine
@@ -74,14 +72,14 @@ def _decide(
     return Decisions(group, compile)
 
 
-def _group(setup: Setup, most: int) -> int:
+def _group(setup: Job, most: int) -> int:
     one = Compute(setup.method, 1, setup.device, static=False)
     with LiveBytes(setup.device) as live:
         one(setup.method.parameters(), 0, torch.arange(1))
     return group_size(setup.config.engine.memory_gb * 1e9, max(live.peak, 1), most)
 
 
-def _worth_compiling(setup: Setup, group: int, most: int, rounds: int) -> bool:
+def _worth_compiling(setup: Job, group: int, most: int, rounds: int) -> bool:
     if not compiler_at_hand(setup.device.type):
         return False
     if setup.device.type == "cuda":
@@ -93,7 +91,7 @@ def _worth_compiling(setup: Setup, group: int, most: int, rounds: int) -> bool:
     return seconds * SAVED * rounds > 2 * COMPILE_S
 
 
-def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
+def _trial(setup: Job, compute: Compute, tasks: int) -> float:
     """Seconds of one meta-step's compute on the initial parameters, after a warm-up. Nothing is applied."""
     phi = setup.method.parameters()
     for _ in range(2):
@@ -102,7 +100,7 @@ def _trial(setup: Setup, compute: Compute, tasks: int) -> float:
     return time.perf_counter() - began
 
 
-def serving(setup: Setup, state: MetaState, item: int, folder: RunFolder) -> str:
+def serving(setup: Job, state: MetaState, item: int, folder: RunFolder) -> str:
     """What a server says before it serves; what a meta-step takes depends on the workers that come."""
     config, left = setup.config, setup.config.steps - state.step
     batch = batch_of(config)
@@ -113,16 +111,9 @@ def serving(setup: Setup, state: MetaState, item: int, folder: RunFolder) -> str
     )
 
 
-def _evaluation(setup: Setup, state: MetaState, world: int) -> float:
-    """Seconds of all validations, the final judgement and the report."""
-    config, valid, test = setup.config, len(setup.data.valid.y), setup.data.test
-    pace = forecast.pace(setup, state.kept, world)
-    ours = forecast.left(config, state.step, valid, len(test.y))
-    alone = forecast.report(config, valid, len(test.y), len(test.thinned(CURVE_IMAGES).y))
-    return ours.seconds(pace) / world + alone.seconds(pace)
-
-
-def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor) -> None:
+def announce(
+    setup: Job, product: Product, compute: Compute, state: MetaState, folder: RunFolder, exchange: Exchange, monitor: Monitor
+) -> None:
     """Say what the run will cost, measured by a trial step; all workers take part, so that they contend as they will."""
     config = setup.config
     if state.step >= config.steps:
@@ -130,14 +121,14 @@ def announce(setup: Setup, compute: Compute, state: MetaState, folder: RunFolder
     seconds = _trial(setup, compute, len(share(config.tasks, exchange.rank, exchange.world)))
     compute.spent()
     left = config.steps - state.step
-    evaluation = _evaluation(setup, state, exchange.world)
+    evaluation = product.evaluation_s(state, exchange)
     checkpoint = sum(t.numel() * t.element_size() for t in state.tensors().values()) * 2 / 1e6
     images = sum(p.numel() for p in state.phi.values()) * 4 / 1e6
-    scalars = left // config.run.log_every * (12 + 2 * setup.synthetic.inner_steps)
+    scalars = left // config.run.log_every * (12 + len(product.scalars(state.phi)))
     anchors = left // config.run.anchor_every if config.run.anchor_every else 0
     disk = disk_mb(checkpoint, images, config.run.keep, anchors, scalars, (left // config.run.image_every + 2) * images)
     peak = peak_memory_mb(setup.device)
     text = estimate(seconds, left, peak, disk, evaluation_s=evaluation, workers=exchange.world, tasks=config.tasks)
     monitor.say(text)
-    how = f"groups of {compute.group}, {'compiled' if setup.inner.compiled else 'not compiled'}, {setup.device}"
+    how = f"groups of {compute.group}, {'compiled' if setup.is_compiled else 'not compiled'}, {setup.device}"
     monitor.say(f"{how}; run folder {folder.path}")

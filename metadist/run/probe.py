@@ -17,7 +17,7 @@ from metadist.metagrad.memory import LiveBytes
 from metadist.run.compose import compose
 from metadist.run.compute import Compute
 from metadist.run.guard import guarded
-from metadist.run.setup import build
+from metadist.run.job import build
 
 _REPEATS = 3
 

@@ -50,6 +50,11 @@ class Setup:
         """Whether every meta-step has the same number of inner steps."""
         return self.config.method.gradient != "truncated"
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the inner step and its adjoint are compiled."""
+        return self.inner.compiled
+
     def compiled(self, compile: bool) -> Setup:
         """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""
         graph = self.device.type == "cuda" and not self.static
@@ -69,11 +74,16 @@ def device_of(config: Config) -> torch.device:
     return device
 
 
-def with_precision(loss: Loss, precision: str, device: torch.device) -> Loss:
-    """The loss with its matrix products in tf32 or bf16; fp32 leaves it alone."""
+def tune(precision: str, device: torch.device) -> None:
+    """Settings of this process's GPU, if it has one."""
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True  # a resumed run must end where the uninterrupted one does, bit for bit
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def with_precision(loss: Loss, precision: str, device: torch.device) -> Loss:
+    """The loss with its matrix products in tf32 or bf16; fp32 leaves it alone."""
+    tune(precision, device)
     if precision != "bf16":
         return loss
 

@@ -10,7 +10,7 @@ Design choices
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,11 +28,19 @@ class MetaState:
     phi: initial meta-parameters, taken over.
     config: the outer optimization; ``horizon`` is the cosine's length in meta-steps (meta.horizon, resolved).
     least: lower bounds of parameters, by name; a step that would lead below them ends there (a projection).
+    project: puts updated parameters back, in place, into any other set they must lie in; None: they may lie anywhere.
     """
 
-    def __init__(self, phi: Phi, config: MetaConfig, horizon: int, least: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        phi: Phi,
+        config: MetaConfig,
+        horizon: int,
+        least: Mapping[str, float] | None = None,
+        project: Callable[[Phi], None] | None = None,
+    ) -> None:
         """The state before the first meta-step."""
-        self.config, self.horizon, self.least = config, horizon, least or {}
+        self.config, self.horizon, self.least, self._project = config, horizon, least or {}, project
         self.phi: Phi = {k: v.detach().clone().requires_grad_() for k, v in phi.items()}
         self.average: Phi = self.copy_phi()
         self.best: Phi = {}
@@ -103,6 +111,8 @@ class MetaState:
             p.grad = part.view_as(p).to(p.dtype)
             group["lr"] = self._base_rate(name) * factor
         self.optimizer.step()
+        if self._project is not None:
+            self._project(self.phi)
         with torch.no_grad():
             for name, bound in self.least.items():
                 self.phi[name].clamp_(min=bound)

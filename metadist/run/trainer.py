@@ -22,19 +22,21 @@ from metadist.config import Config
 from metadist.errors import RunError
 from metadist.exchange import Exchange
 from metadist.exchange.server import batch_of, item_size
-from metadist.run import finish, judge, plan
+from metadist.run import plan
 from metadist.run.compute import Compute
 from metadist.run.cost import peak_memory_mb
 from metadist.run.folder import RunFolder
+from metadist.run.job import build, product
 from metadist.run.monitor import Monitor
-from metadist.run.setup import Setup, build
+from metadist.run.product import Job
 from metadist.run.signals import Stop
 from metadist.run.state import MetaState
+from metadist.synthetic.network import Network
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, setup: Setup | None = None) -> dict[str, Any]:
+def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, setup: Job | None = None) -> dict[str, Any]:
     """Run or resume until config.steps are done; returns the summary (with "stopped" if a signal ended it early).
 
     config: as resolved by the folder. setup: prepared objects (the Python API); default: built from the configuration.
@@ -44,7 +46,8 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
     setup = setup or build(config)
     check_pool(setup, folder)
     horizon = config.meta.horizon or int(folder.resolve("horizon", lambda: config.steps))
-    state = MetaState(setup.method.parameters(), config.meta, horizon, setup.synthetic.least)
+    least = getattr(getattr(setup, "synthetic", None), "least", None)
+    state = MetaState(setup.method.parameters(), config.meta, horizon, least, getattr(setup.method, "project", None))
     trainer = Trainer(setup, state, folder, exchange)
     trainer.resume()
     trainer.monitor = Monitor(folder.path if exchange.rank == 0 else None, state.step, config.steps, folder.incarnation)
@@ -56,37 +59,42 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
         minutes = trainer.minutes_before + (time.monotonic() - began) / 60
         if stopped is not None:
             return {"steps": state.step, "stopped": stopped}
-        return finish.finish(trainer.setup, state, folder, exchange, trainer.monitor, minutes)
+        return trainer.product.finish(state, folder, exchange, trainer.monitor, minutes)
     finally:
         trainer.monitor.close()
 
 
-def check_pool(setup: Setup, folder: RunFolder) -> None:
-    """A resumed run must start from the very networks it began with. Raises RunError if pool or experts are others."""
-    if (key := getattr(getattr(setup.starts, "experts", None), "key", None)) is not None:
-        if (known := folder.resolve("experts", lambda: key)) != key:
-            raise RunError(
-                f"the experts are not those this run began with (recipe {key[:12]}, recorded {known[:12]}): "
-                "restore experts.path, or start a new run_dir"
-            )
-        return
-    if (weights := getattr(setup.starts, "train", None)) is None:
+def check_pool(setup: Job, folder: RunFolder) -> None:
+    """A resumed run must go on with the very networks it began with. Raises RunError if the pool, or a teacher, is another."""
+    teachers: tuple[Network, ...] = getattr(setup, "teachers", ())
+    if teachers:
+        digest = hashlib.sha256("".join(t.digest() for t in teachers).encode()).hexdigest()
+        _same(folder, "teachers", digest, "the teachers", "restore the runs of kd.teachers")
+    starts = getattr(setup, "starts", None)
+    if (key := getattr(getattr(starts, "experts", None), "key", None)) is not None:
+        _same(folder, "experts", key, "the experts", "restore experts.path")
+    if (weights := getattr(starts, "train", None)) is None:
         return
     digest = hashlib.sha256(weights.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-    if (known := folder.resolve("pool", lambda: digest)) != digest:
+    _same(folder, "pool", digest, "the pre-trained networks", "restore cache_dir or pretrained.path")
+
+
+def _same(folder: RunFolder, name: str, digest: str, what: str, mend: str) -> None:
+    if (known := folder.resolve(name, lambda: digest)) != digest:
         raise RunError(
-            f"the pre-trained networks are not those this run began with (sha256 {digest[:12]}, recorded {known[:12]}): "
-            "restore cache_dir or pretrained.path, or start a new run_dir"
+            f"{what} are not those this run began with (sha256 {digest[:12]}, recorded {known[:12]}): "
+            f"{mend}, or start a new run_dir"
         )
 
 
 class Trainer:
     """One worker's part of a run."""
 
-    def __init__(self, setup: Setup, state: MetaState, folder: RunFolder, exchange: Exchange) -> None:
+    def __init__(self, setup: Job, state: MetaState, folder: RunFolder, exchange: Exchange) -> None:
         """Keep the pieces; ``resume`` and ``prepare`` come before ``loop``."""
         self.setup, self.state, self.folder, self.exchange = setup, state, folder, exchange
         self.config: Config = setup.config
+        self.product = product(setup)
         self.monitor = Monitor(None, 0, 0)
         self.anchor: Snapshot = self._snapshot()
         # Where roll-backs return to decides the result: fixed at the first start, whatever checkpoint_every is later.
@@ -121,8 +129,9 @@ class Trainer:
             return
         decided = plan.decide(self.setup, self.folder, self.exchange, self.state.step)
         self.setup = self.setup.compiled(decided.compile)
+        self.product = product(self.setup)
         self.compute = Compute(self.setup.method, decided.group, self.setup.device, self.setup.static)
-        plan.announce(self.setup, self.compute, self.state, self.folder, self.exchange, self.monitor)
+        plan.announce(self.setup, self.product, self.compute, self.state, self.folder, self.exchange, self.monitor)
 
     def loop(self, stop: Stop) -> str | None:
         """Meta-steps until config.steps; returns the name of the signal that ended it before, if one did."""
@@ -136,6 +145,7 @@ class Trainer:
             if state.bad >= self.config.meta.max_bad:
                 self._roll_back()
             last = state.step == self.config.steps
+            self.product.reached(state, self.folder)
             self._log(last)
             if last or state.step % self.config.eval.every == 0:
                 self._validate()
@@ -201,9 +211,9 @@ class Trainer:
         self.folder.checkpoints.save(self.state.step, tensors, {"state": counters, "anchor": anchor, "minutes": minutes})
 
     def _validate(self) -> None:
-        state, config = self.state, self.config
+        state = self.state
         phi = {k: v.clone() for k, v in state.kept.items()}
-        scores = judge.outcomes(self.setup, phi, "validation", config.eval.nets, self.exchange)["score"]
+        scores = self.product.outcomes(phi, "validation", self.product.networks("validation"), self.exchange)["score"]
         mean = float(scores.mean())
         sd = float(scores.std()) if len(scores) > 1 else 0.0
         self.monitor.log(state.step, {"valid_accuracy": 100 * mean, "valid_accuracy_sd": 100 * sd})
@@ -211,19 +221,13 @@ class Trainer:
             state.best, state.best_valid, state.best_step = phi, mean, state.step
 
     def _log(self, last: bool) -> None:
-        state, run, synthetic = self.state, self.config.run, self.setup.synthetic
+        state, run = self.state, self.config.run
         self.monitor.advance(state.step)
         if state.step != 1 and state.step % run.log_every and not last:
             return
         values = {"meta_loss": state.loss, "grad_norm": state.grad_norm, "meta_rate": self.config.meta.lr * state.factor()}
         values |= {"skipped": float(state.skipped), "rollbacks": float(state.rollbacks)}
-        inner, n = self.config.inner, synthetic.inner_steps
-        rates, momenta = synthetic.rates(state.phi)[:n], synthetic.momenta(state.phi)
-        # What is not learned, or learned as one, is the same at every step: one number says it.
-        rates = rates if inner.learn_lr and not inner.shared_lr else rates[:1]
-        momenta = rates[:0] if momenta is None else momenta[: n if inner.learn_momentum else 1]
-        values |= {f"rate/{t:02d}": v for t, v in enumerate(rates.tolist())}
-        values |= {f"momentum/{t:02d}": v for t, v in enumerate(momenta.tolist())}
+        values |= self.product.scalars(state.phi)
         each = {k: v / max(self._since, 1) for k, v in self._seconds.items()}
         if self.exchange.computes:
             each["exchange_s"] = max(0.0, each["step_s"] - each["compute_s"] - each["data_s"])
@@ -238,5 +242,6 @@ class Trainer:
         self._seconds, self._since = {}, 0
         self.monitor.log(state.step, {k: v for k, v in values.items() if math.isfinite(v) or k in ("meta_loss", "grad_norm")})
         if state.step == 1 or last or state.step % run.image_every == 0:
-            grid = finish.picture(self.setup, state.kept)
-            self.monitor.image(state.step, "images", grid)
+            grid = self.product.picture(state.kept)
+            if grid is not None:
+                self.monitor.image(state.step, "images", grid)

@@ -6,9 +6,34 @@ from metadist.config import Config
 from metadist.identity import SERVER, flatten
 
 
-def _under(config: Config, group: str) -> list[str]:
-    """A group and its keys."""
-    return [group, *(k for k in flatten(config) if k.startswith(f"{group}."))]
+def _under(config: Config, *groups: str) -> list[str]:
+    """These groups and their keys."""
+    return [*groups, *(k for k in flatten(config) if k.startswith(tuple(f"{group}." for group in groups)))]
+
+
+def _training(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What networks alone, and what sets alone read."""
+    method = config.method
+    return {
+        "method.synthetic=images or generator": (
+            method.synthetic != "network",
+            [
+                *_under(config, "inner", "labels", "teacher", "teacher.net"),
+                "eval.nets",
+                "eval.final_nets",
+                "eval.chunk",
+                "engine.mixed",
+                "meta.lr_rate",
+                "meta.lr_labels",
+                "run.image_every",
+            ],
+        ),
+        "method=train or kd": (
+            method.synthetic == "network",
+            [*_under(config, "train"), "data.exclude", "net.dropout", "net.input_dropout"],
+        ),
+        "method=kd": (method.name == "kd", ["kd.teachers", "kd.pair", "kd.stopped", "kd.until", "kd.variants"]),
+    }
 
 
 def unread(config: Config, slurm: bool = False) -> dict[str, str]:
@@ -42,6 +67,7 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             trained and config.matching.outer > 1,
             ["matching.inner", "matching.batch", "matching.lr"],
         ),
+        **_training(config),
         "method.synthetic=images": (method.synthetic == "images", ["ipc", "images", "images.start"]),
         "labels.kind=soft": (config.labels.kind == "soft", ["labels.confidence", "meta.lr_labels"]),
         "inner.optimizer=momentum or adam": (inner.optimizer != "sgd", ["inner.momentum"]),

@@ -15,7 +15,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_class, validate_machine, validate_method
+from metadist.run import validate_class, validate_machine, validate_method, validate_train
 
 _TRAJECTORY = {"synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real"}
 METHODS: dict[str, dict[str, str]] = {
@@ -33,16 +33,21 @@ METHODS: dict[str, dict[str, str]] = {
     "dc": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
     "dsa": {"synthetic": "images", "gradient": "matching", "match": "class", "init": "random", "objective": "real"},
     "dm": {"synthetic": "images", "gradient": "distribution", "match": "class", "init": "random", "objective": "real"},
+    "train": {"synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "cross_entropy"},
+    "kd": {"synthetic": "network", "gradient": "unrolled", "init": "random", "objective": "real", "loss": "distillation"},
     "lower_bound": {},
 }
 """Published names and the words each of them stands for; the other words are free."""
 
-DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder")
-NETS = ("mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11", "custom")
+DATA = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "usps", "folder", "distilled")
+NETS = (
+    "mlp", "lenet", "alexcifar", "convnet", "resnet18", "resnet50", "gtn", "alexnet", "vgg11",
+    "plain", "resnet_cifar", "custom",
+)  # fmt: skip
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method.name": tuple(METHODS),
-    "method.synthetic": ("images", "generator"),
+    "method.synthetic": ("images", "generator", "network"),
     "generator.curriculum": ("full", "shuffled_batches", "shuffled", "none"),
     "method.gradient": ("unrolled", "truncated", "implicit", "matching", "distribution", "trajectory"),
     "method.match": ("batch", "class"),
@@ -52,7 +57,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method.init": ("fixed", "random", "pretrained", "expert"),
     "method.objective": ("real", "poison"),
     "method.loss": ("cross_entropy", "distillation"),
-    "pretrained.data": DATA,
+    "pretrained.data": DATA[:-1],
     "inner.optimizer": ("sgd", "momentum", "adam"),
     "inner.rate": ("softplus", "raw"),
     "labels.kind": ("hard", "soft"),
@@ -60,7 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "meta.schedule": ("constant", "step", "cosine"),
     "data.name": DATA,
     "data.normalize": ("standard", "zca", "none"),
-    "data.augment": ("none", "crop", "flip", "crop_flip"),
+    "data.augment": ("none", "crop", "flip", "crop_flip", "jitter"),
     "net.name": NETS,
     "net.init": ("xavier", "kaiming", "orthogonal", "default"),
     "net.norm": ("none", "batch", "layer", "instance", "group"),
@@ -93,7 +98,7 @@ AT_LEAST_1 = (
     "cluster.nodes", "cluster.cpus_per_task", "cluster.timeout_min", "cluster.array_parallelism", "cluster.signal_delay_s",
     "exchange.shards", "cluster.server_cpus",
     "generator.batch", "generator.noise", "generator.hidden", "generator.maps", "generator.conv", "generator.chunk",
-    "implicit.steps", "implicit.restart", "implicit.terms",
+    "implicit.steps", "implicit.restart", "implicit.terms", "train.networks",
     "trajectory.epochs", "trajectory.max_start", "trajectory.replay", "teacher.epochs", "teacher.batch",
     "experts.count", "experts.epochs", "experts.batch", "experts.group",
     "matching.outer", "matching.inner", "matching.batch",
@@ -107,6 +112,7 @@ AT_LEAST_0 = (
     "trajectory.min_start", "trajectory.grow", "trajectory.grow_from", "trajectory.batch", "teacher.net.width",
     "teacher.net.depth", "teacher.weight_decay",
     "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
+    "train.weight_decay", "train.max_square", "kd.until", "kd.variants",
     "experts.images", "experts.weight_decay", "experts.gsam_alpha", "experts.seed",
 )  # fmt: skip
 POSITIVE = (
@@ -116,6 +122,7 @@ POSITIVE = (
 )  # fmt: skip
 BELOW_1 = (
     "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum", "teacher.momentum",
+    "net.dropout", "net.input_dropout", "teacher.net.dropout", "teacher.net.input_dropout",
 )  # fmt: skip
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
 RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
@@ -124,7 +131,7 @@ RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "above 0": (POSITIVE, lambda v: v > 0),
     "at least 0 and below 1": (BELOW_1, lambda v: 0 <= v < 1),
     "above 0 and below 1": (INSIDE_1, lambda v: 0 < v < 1),
-    "above 0 and at most 1": (("meta.decay",), lambda v: 0 < v <= 1),
+    "above 0 and at most 1": (("meta.decay", "kd.stopped", "data.fraction"), lambda v: 0 < v <= 1),
     "0 to 1": (("kd.alpha",), lambda v: 0 <= v <= 1),
 }
 
@@ -139,6 +146,7 @@ def validate(config: Config, here: bool = True) -> None:
     _ranges(leaves)
     _method(config)
     _inner(config)
+    validate_train.training(config)
     validate_method.trajectory(config)
     validate_class.by_class(config)
     validate_class.augmentation(config)
@@ -236,8 +244,12 @@ def _data_and_net(config: Config) -> None:
     data, net = config.data, config.net
     if data.name == "folder" and not data.path:
         raise UserError("data=folder needs data.path=<folder with one folder of images per class>")
-    if data.name != "folder" and data.path:
-        raise UserError(f"data.path={data.path} is for data=folder; data={data.name} is found under data.root")
+    if data.name == "distilled" and not data.path:
+        raise UserError("data=distilled needs data.path=<run folder, file or shipped name of a distilled set>")
+    if data.name not in ("folder", "distilled") and data.path:
+        raise UserError(
+            f"data.path={data.path} is for data=folder and data=distilled; data={data.name} is found under data.root"
+        )
     if config.pretrained.data == "folder" and data.name != "folder":
         raise UserError("pretrained.data=folder would need a path of its own; use pretrained.path=<file of weights>")
     if net.draw_width and config.method.init != "random":

@@ -39,7 +39,7 @@ def trajectory(config: Config) -> None:
     if matched != (method.init == "expert"):
         raise UserError(f"method.gradient={method.gradient} and method.init={method.init} don't go together: trajectories, "
                         "and they alone, start at experts; choose method=mtt")  # fmt: skip
-    if method.loss == "distillation" and not matched:
+    if method.loss == "distillation" and method.synthetic != "network" and not matched:
         raise UserError(
             f"method.loss=distillation is for method.gradient=trajectory, not {method.gradient}; choose method=mtt_kd"
         )

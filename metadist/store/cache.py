@@ -27,7 +27,7 @@ log = logging.getLogger("metadist")
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` for the block, or nothing where files cannot be made or locked."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
@@ -67,7 +67,7 @@ def cached(
     plain: dict[str, Any] = json.loads(text)
     if (found := _read(path, plain) if path.exists() else None) is not None:
         return found
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if (found := _read(path, plain)) is not None:  # made by another process meanwhile
             return found
         clean(folder)

@@ -33,6 +33,7 @@ from metadist.run.cluster import record, scheduler
 from metadist.run.cluster.batch import LOGS, Executor, tasks_per_node
 from metadist.run.cluster.fleet import Fleet, join, joined, joining, submit
 from metadist.run.cluster.mounts import refuse_local
+from metadist.run.cluster.precheck import precheck
 from metadist.run.compose import compose, expand
 from metadist.run.folder import RunFolder
 from metadist.run.guard import guarded
@@ -119,7 +120,7 @@ def _one(words: Sequence[str], config: Config) -> int:
 
         print(result_text(summary))
         return 0
-    _free(place)
+    free(place)
     folder.write_config()
     arrays: list[str] = []
     if serving:
@@ -128,7 +129,7 @@ def _one(words: Sequence[str], config: Config) -> int:
         job = Executor(place, config.cluster).send()
         record.write(place / LOGS / "job.json", {"job": job, "cluster": "slurm", "time": time.time(), "words": list(words)})
     _sheet(job, place, words, arrays)
-    return _wait([(job, place, place / LOGS)]) if config.cluster.wait else 0
+    return wait_for([(job, place, place / LOGS)]) if config.cluster.wait else 0
 
 
 def _join(words: Sequence[str]) -> int:
@@ -170,7 +171,7 @@ def _sweep(words: Sequence[str]) -> int:
     for point in points:
         precheck(point.config)
     for job in todo:
-        _free(Path(job.run_dir))
+        free(Path(job.run_dir))
     folders = sweep.make(place, points, todo)
     if all(folder.finished is not None for folder in folders):
         print(sweep.text(place))
@@ -184,7 +185,7 @@ def _sweep(words: Sequence[str]) -> int:
     if not cluster.wait:
         print(f"  table          python launch/status.py run={place}; at the end also {place / 'table.txt'}")
         return 0
-    status = _wait([(f"{number}_{i}", folder.path, place / LOGS) for i, folder in enumerate(folders)])
+    status = wait_for([(f"{number}_{i}", folder.path, place / LOGS) for i, folder in enumerate(folders)])
     print(f"\n{sweep.text(place)}")
     return status
 
@@ -200,28 +201,7 @@ def check_scheduler(cluster: ClusterConfig) -> None:
                 raise unknown("partition", name, known)
 
 
-def precheck(config: Config) -> None:
-    """Build the learner once, here, on a few images: what the job would refuse hours later is refused now. Raises UserError.
-
-    Data that this machine has not may be on the nodes: then it says so and goes on.
-    """
-    import torch
-
-    from metadist import data, nets
-    from metadist.run.setup import DTYPES
-    from metadist.run.validate import validate_with_data
-
-    dtype, cpu = DTYPES[config.engine.dtype], torch.device("cpu")
-    try:
-        few = data.load(config.data, cpu, dtype, config.cache_dir, smoke=True)
-    except UserError as e:
-        print(f"note: data={config.data.name} can't be read here, the nodes must have it ({e})", file=sys.stderr)
-        return
-    validate_with_data(config, len(few.classes))
-    nets.build(config.net, few.channels, few.size, len(few.classes), dtype, cpu)
-
-
-def _free(run_dir: Path) -> None:
+def free(run_dir: Path) -> None:
     """Raise UserError if a job is at work on the folder already."""
     known = record.read(run_dir / LOGS / "job.json")
     if known.get("cluster") != "slurm":
@@ -250,7 +230,8 @@ def _sheet(job: str, place: Path, words: Sequence[str], arrays: Sequence[str] = 
         print(f"  {what:<14} {how}", flush=True)
 
 
-def _wait(watched: Sequence[tuple[str, Path, Path]]) -> int:
+def wait_for(watched: Sequence[tuple[str, Path, Path]]) -> int:
+    """Show what jobs of (number, run folder, folder of logs) say until all have ended; the worst exit status."""
     from metadist.run.cluster.watch import Tail, wait
 
     worst = 0
