@@ -27,6 +27,7 @@ def program(words: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_three_gradients_make_a_table_a_picture_and_a_record_and_are_not_repeated(tmp_path: Path) -> None:
     place = tmp_path / "compared"
     words = ["preset=gtn_three_gradients", *WORDS, f"out={place}", f"cache_dir={tmp_path / 'cache'}"]
@@ -106,6 +107,7 @@ def test_every_comparison_of_networks_can_be_run(name: str) -> None:
         assert all(any(str(compare.folder(place, need)) in word for word in row.words) for need in row.needs)
 
 
+@pytest.mark.slow
 def test_a_chain_is_run_in_order_once_with_its_gap_and_its_compute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:

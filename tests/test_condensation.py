@@ -434,6 +434,7 @@ def law_folders(base: Path, workers: int, *given: str) -> list[RunFolder]:
     return [RunFolder.open(composed(*LAWFUL, *case, *more, f"run_dir={base / name}")) for name, case in LAW.items()]
 
 
+@pytest.mark.slow
 def test_two_workers_are_one(tmp_path: Path) -> None:
     """Combined buffers and last checkpoints to 1e-10 in float64; the carried learner among them."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -378,6 +378,7 @@ def kd_words(teacher: Path, at: Path) -> list[str]:
     return [*words, "steps=50", "engine.dtype=float32", "eval.every=7", f"cache_dir={at / 'cache'}", f"run_dir={at / 'run'}"]
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_where_the_uninterrupted_run_does(nursery: Nursery, teacher: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
@@ -392,7 +393,11 @@ def test_killed_anywhere_it_ends_where_the_uninterrupted_run_does(nursery: Nurse
     assert one.keys() == other.keys() and [k for k in one if one[k] != other[k]] == []
 
 
-@pytest.mark.parametrize("more", [["workers=2"], ["workers=2", "exchange=server", "exchange.max_staleness=0"]])
+@pytest.mark.parametrize(
+    "more",
+    [["workers=2"], pytest.param(["workers=2", "exchange=server", "exchange.max_staleness=0"], marks=pytest.mark.slow)],
+    ids=["allreduce", "server"],
+)
 def test_two_workers_are_one(more: list[str], nursery: Nursery, teacher: Path, tmp_path: Path) -> None:
     theta = []
     for name, extra in (("one", []), ("two", more)):

@@ -158,6 +158,7 @@ def test_without_staleness_any_number_of_workers_makes_the_synchronous_steps(tmp
         assert again[0][1:] == other[1:]
 
 
+@pytest.mark.slow
 def test_without_staleness_roll_backs_are_the_synchronous_ones(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     folder = served(tmp_path / "served" / "rolling", ROLLING, ["exchange.item=1"], 2)

@@ -564,7 +564,7 @@ def test_a_resumed_run_goes_on_with_the_experts_it_began_with(tmp_path: Path) ->
     for key, said in (
         ("a" * 64, ""),
         ("a" * 64, ""),
-        ("b" * 64, "not those this run began with .recipe bbbb.*restore experts.path"),
+        ("b" * 64, "not those this run began with .sha256 bbbb.*restore experts.path"),
     ):
         setup: Any = SimpleNamespace(starts=SimpleNamespace(experts=SimpleNamespace(key=key)))
         with pytest.raises(RunError, match=said) if said else nullcontext():

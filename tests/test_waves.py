@@ -33,6 +33,7 @@ def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["preset=chain", "out=out"]
 
 
+@pytest.mark.slow
 def test_on_a_cluster_a_comparison_is_an_array_a_wave(slurm: Programs, digits: list[str]) -> None:
     count = slurm.place / "count"
     slurm.put("sbatch", f"n=4711; while [ -e {count}$n ]; do n=$((n+1)); done; : > {count}$n; "
