@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from run_helpers import DEADLINE_S, ROOT
 from test_laws import CASES, COMMON, close
