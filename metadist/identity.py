@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from metadist.config import Config
@@ -80,3 +81,13 @@ def identity_hash(config: Config) -> str:
 def default_run_dir(config: Config) -> str:
     """runs/<method>-<data>-<net>-<8 hex of the identity>."""
     return f"runs/{config.method.name}-{config.data.name}-{config.net.name}-{identity_hash(config)[:8]}"
+
+
+# Keys that came after recipes were first hashed. At these values they change nothing and are left out, so that experts and
+# teachers made before are still found.
+_LATER: dict[str, Any] = {"data.fraction": 1.0, "data.exclude": [], "net.dropout": 0.0, "net.input_dropout": 0.0}
+
+
+def for_recipe(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``values`` of a config group as they stand in the recipe of something that is kept and found by it."""
+    return {k: v for k, v in values.items() if f"{group}.{k}" not in _LATER or v != _LATER[f"{group}.{k}"]}

@@ -681,3 +681,10 @@ def test_the_key_of_a_recipe_sees_every_leaf() -> None:
     assert key_of(made) == key_of(json.loads(json.dumps(made)))
     assert {"maker", "data", "net", "experts", "dtype", "precision"} == set(made)
     assert "rho" not in made["experts"] and "count" not in made["experts"] and "root" not in made["data"]
+
+
+def test_keys_that_came_later_leave_what_was_made_before_where_it_is() -> None:
+    plain = recipe(compose(["data=digits", "net=mlp"]))
+    assert not {"fraction", "exclude"} & plain["data"].keys() and not {"dropout", "input_dropout"} & plain["net"].keys()
+    other = recipe(compose(["data=digits", "net=mlp", "data.fraction=.5"]))
+    assert other["data"].pop("fraction") == 0.5 and other == plain

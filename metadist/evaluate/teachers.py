@@ -20,6 +20,7 @@ from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
 from metadist.evaluate.train import accuracy, standard, statistics
+from metadist.identity import for_recipe
 from metadist.metagrad.optimizers import Optimizer
 from metadist.nets import Learner
 from metadist.nets.teacher import Teacher
@@ -43,10 +44,12 @@ def teacher(config: Config, data: Data, dtype: torch.dtype) -> Teacher:
 def recipe(config: Config, data: Data, dtype: torch.dtype) -> dict[str, Any]:
     """All that a teacher trained here depends on."""
     elsewhere = {"root", "download", "augment"}  # its augmentation is teacher.augment
+    teacher = {k: v for k, v in dataclasses.asdict(config.teacher).items() if k != "path"}
+    images = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in elsewhere} | {"name": data.name}
     return {
         "version": 1,
-        "teacher": {k: v for k, v in dataclasses.asdict(config.teacher).items() if k != "path"},
-        "data": {k: v for k, v in dataclasses.asdict(config.data).items() if k not in elsewhere} | {"name": data.name},
+        "teacher": teacher | {"net": for_recipe("net", teacher["net"])},
+        "data": for_recipe("data", images),
         "classes": list(data.classes),
         "seed": config.seed,
         "dtype": str(dtype),

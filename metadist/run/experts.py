@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from metadist.config import Config
 from metadist.errors import UserError
-from metadist.identity import flatten
+from metadist.identity import flatten, for_recipe
 from metadist.run.compose import compose
 from metadist.run.cost import duration, megabytes
 from metadist.run.queue import run_queue
@@ -35,6 +35,7 @@ CIRCUMSTANCE = ("count", "path")
 def recipe(config: Config) -> dict[str, Any]:
     """Everything that the weights of an expert depend on, JSON-able. Raises UserError if data.path is no folder."""
     data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("root", "download", "path")}
+    data = for_recipe("data", data)
     if config.data.path:
         data["files"] = _content(Path(config.data.path).expanduser())
     experts = {k: v for k, v in dataclasses.asdict(config.experts).items() if k not in CIRCUMSTANCE}
@@ -42,7 +43,7 @@ def recipe(config: Config) -> dict[str, Any]:
     made = {
         "maker": VERSION,
         "data": data,
-        "net": dataclasses.asdict(config.net),
+        "net": for_recipe("net", dataclasses.asdict(config.net)),
         "experts": {k: v for k, v in experts.items() if k not in unread},
         "dtype": config.engine.dtype,
         "precision": config.engine.precision,
