@@ -193,6 +193,7 @@ class EvalConfig:
     nets: int = 20  # fresh networks, or held-out pre-trained ones
     final_nets: int = 200  # at the end, on the test split
     chunk: int = 20  # networks trained at once
+    report: bool = True  # sets: report.png at the end, beside as many random real images; false: the test accuracy alone
 
 
 @dataclass

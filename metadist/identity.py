@@ -17,7 +17,7 @@ CIRCUMSTANCE = {
     "steps", "run_dir", "workers", "device", "threads", "cache_dir", "run",
     "data.root", "data.download", "exchange.timeout_s", "exchange.backend", "exchange.interface", "cluster",
     "exchange.shards", "exchange.queue", "exchange.encrypt", "exchange.patience", "exchange.heartbeat_s",
-    "engine.compile", "engine.group", "engine.memory_gb", "eval.chunk", "eval.final_nets",
+    "engine.compile", "engine.group", "engine.memory_gb", "eval.chunk", "eval.final_nets", "eval.report",
 }  # fmt: skip
 
 

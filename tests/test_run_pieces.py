@@ -22,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metadist.config import Config, NetConfig
 from metadist.errors import RunError, UserError
-from metadist.run import local
+from metadist.exchange.allreduce import Alone
+from metadist.run import local, trainer
+from metadist.run.compose import compose
 from metadist.run.cost import disk_mb, duration, estimate, megabytes, peak_memory_mb
 from metadist.run.environment import cores
 from metadist.run.folder import RunFolder, config_from_dict
@@ -608,3 +610,15 @@ def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     process.wait()
     until(lambda: not any(map(alive, ranks)))
     process.communicate()
+
+
+def test_without_a_report_a_run_ends_at_its_test_accuracy(tmp_path: Path) -> None:
+    words = ["smoke=true", "threads=1", "device=cpu", "engine.compile=off", f"cache_dir={tmp_path / 'cache'}"]
+    found = []
+    for name, more in (("with", []), ("without", ["eval.report=false"])):
+        folder = RunFolder.open(compose([*words, *more, f"run_dir={tmp_path / name}"]))
+        found.append(trainer.train(folder.config, folder, Alone(), Stop()))
+        assert (folder.path / "report.png").exists() == (name == "with") and (folder.path / "distilled.safetensors").exists()
+    full, short = found
+    assert short["test"] == full["test"] and short["baselines"] == {} and full["baselines"]
+    assert "report.png" in full["text"] and "report.png" not in short["text"]

@@ -56,7 +56,7 @@ def _networks(axes: Any, errors: Tensor, teachers: Mapping[str, float], images: 
     axes.axhline(float(errors.double().mean()), color=_OWN, linewidth=1, label="mean")
     for (name, value), style in zip(teachers.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color=_TEACHER, linewidth=1, linestyle=style, label=f"teacher {name}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(float(errors.max()), *teachers.values(), 1.0))
     axes.set_xlabel("network")
     axes.legend(fontsize=8, frameon=False)
     _plain(axes, f"test errors of {images:,}")

@@ -63,15 +63,16 @@ def finish(
 
 def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary: dict[str, Any]) -> None:
     """Examine the set; write distilled sets, pictures and, last, the summary that says the run is finished."""
-    report = judge.examine(setup, judge.distilled(setup, best, state.best_step, {}))
-    baselines = (row for row in report.rows if row.images == "random")
+    report = judge.examine(setup, judge.distilled(setup, best, state.best_step, {})) if setup.config.eval.report else None
+    baselines = [row for row in report.rows if row.images == "random"] if report else []
     summary["baselines"] = {row.images: row.result.summary.as_dict() for row in baselines}
     summary["text"] = text(summary, folder)
     metrics = {k: summary[k] for k in ("test", "figures", "valid_accuracy", "baselines")}
     chosen = judge.distilled(setup, best, state.best_step, metrics)
     folder.fence()
-    save_report(report, folder.path / "report.png")
-    folder.fence()  # drawing takes seconds
+    if report:
+        save_report(report, folder.path / "report.png")
+        folder.fence()  # drawing takes seconds
     chosen.save(folder.path / "distilled.safetensors")
     judge.distilled(setup, dict(state.kept), state.step, {}).save(folder.path / "distilled-last.safetensors")
     chosen.save_picture(folder.path / "images.png")
@@ -92,5 +93,6 @@ def text(summary: dict[str, Any], folder: RunFolder) -> str:
     for name, value in summary["figures"].items():
         lines.append(f"  {name.replace('_', ' '):43s} {Summary(**value).text()}")
     path = shlex.quote(str(folder.path))
-    lines.append(f"look at {path}/report.png and images.png; monitor: tensorboard --logdir {path}")
+    pictures = "report.png and images.png" if summary["baselines"] else "images.png"
+    lines.append(f"look at {path}/{pictures}; monitor: tensorboard --logdir {path}")
     return "\n".join(lines)

@@ -118,8 +118,8 @@ class Sets:
         pace = forecast.pace(self.setup, state.kept, exchange.world)
         ours = forecast.left(config, state.step, len(valid.y), len(test.y))
         chosen, curve = len(valid.thinned(CHOICE_IMAGES).y), len(test.thinned(CURVE_IMAGES).y)
-        alone = forecast.report(config, chosen, len(test.y), curve)
-        return (2 if self.setup.guide else 1) * ours.seconds(pace) / exchange.world + alone.seconds(pace)
+        alone = forecast.report(config, chosen, len(test.y), curve).seconds(pace) if config.eval.report else 0.0
+        return (2 if self.setup.guide else 1) * ours.seconds(pace) / exchange.world + alone
 
     def outcomes(self, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:
         """Networks trained on the set."""

@@ -22,6 +22,7 @@ def _training(config: Config) -> dict[str, tuple[bool, list[str]]]:
                 "eval.nets",
                 "eval.final_nets",
                 "eval.chunk",
+                "eval.report",
                 "engine.mixed",
                 "meta.lr_rate",
                 "meta.lr_labels",
