@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import metadist
+from metadist.config import Config
 from metadist.evaluate.picture import save as save_report
 from metadist.evaluate.statistics import Summary
 from metadist.exchange import Exchange
@@ -36,7 +37,20 @@ def finish(
     best = state.best or dict(state.kept)
     monitor.say(f"judging the set of step {state.best_step} on the test split")
     test = judge.summaries(judge.outcomes(setup, best, "evaluation", config.eval.final_nets, exchange))
-    summary: dict[str, Any] = {
+    summary = about(config, state, exchange, minutes) | {
+        "test": test["score"],
+        "figures": {k: v for k, v in test.items() if k != "score"},
+        "images": setup.synthetic.count,
+        "synthetic": config.method.synthetic,
+    }
+    if exchange.rank == 0:
+        write(setup, state, folder, best, summary)
+    return summary
+
+
+def about(config: Config, state: MetaState, exchange: Exchange, minutes: float) -> dict[str, Any]:
+    """What every run's summary says, whatever it has made."""
+    return {
         "method": config.method.name,
         "data": config.data.name,
         "net": config.net.name,
@@ -44,10 +58,6 @@ def finish(
         "steps": state.step,
         "best_step": state.best_step,
         "valid_accuracy": state.best_valid,
-        "test": test["score"],
-        "figures": {k: v for k, v in test.items() if k != "score"},
-        "images": setup.synthetic.count,
-        "synthetic": config.method.synthetic,
         "skipped": state.skipped,
         "rollbacks": state.rollbacks,
         "minutes": round(minutes, 2),
@@ -56,9 +66,6 @@ def finish(
         "environment": environment(),
         "finished": True,
     }
-    if exchange.rank == 0:
-        write(setup, state, folder, best, summary)
-    return summary
 
 
 def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from metadist.evaluate import bias, network_picture
 from metadist.evaluate.statistics import Summary
 from metadist.evaluate.train import at_once, predictions, statistics
 from metadist.exchange import Exchange
-from metadist.run.environment import environment
+from metadist.run.finish import about
 from metadist.run.folder import RunFolder
 from metadist.run.monitor import Monitor
 from metadist.run.state import MetaState
@@ -124,26 +124,12 @@ class Networks:
         monitor.say(f"judging the networks of step {state.best_step} on the test split")
         scores = self.outcomes(best, "evaluation", config.train.networks, exchange)["score"]
         count = len(self.setup.data.test)
-        summary: dict[str, Any] = {
-            "method": config.method.name,
-            "data": config.data.name,
-            "net": config.net.name,
-            "seed": config.seed,
-            "steps": state.step,
-            "best_step": state.best_step,
-            "valid_accuracy": state.best_valid,
+        summary = about(config, state, exchange, minutes) | {
             "test": Summary.of(scores).as_dict(),
             "errors": [round((1 - float(s)) * count) for s in scores],
             "test_images": count,
             "parameters": self.learner.size,
             "teachers": self._teachers(),
-            "skipped": state.skipped,
-            "rollbacks": state.rollbacks,
-            "minutes": round(minutes, 2),
-            "workers": exchange.workers,
-            "version": metadist.__version__,
-            "environment": environment(),
-            "finished": True,
         }
         if exchange.rank == 0:
             self._write(state, folder, best, summary)
