@@ -79,6 +79,7 @@ def test_smoke(preset: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureF
         assert summary["test"]["mean"] == pytest.approx(1 - sum(summary["errors"]) / len(networks) / summary["test_images"])
         return
     names = {"accuracy", "attacked_accuracy", "success"} if config.method.objective == "poison" else set()
+    names |= {"without_teacher"} if config.method.loss == "distillation" else set()
     assert set(summary["figures"]) == names
     judged = summary["test"]["mean"] * summary["test"]["n"] * SMOKE[2]
     assert judged == pytest.approx(round(judged), abs=1e-6)  # whole images, of the few that a smoke run judges
