@@ -26,7 +26,7 @@ from metadist.exchange.allreduce import Alone
 from metadist.nets import build as build_net
 from metadist.nets.dropout import masks
 from metadist.nets.loss import distillation
-from metadist.run import job, trainer, training
+from metadist.run import job, origins, trainer, training
 from metadist.run.compose import compose
 from metadist.run.folder import RunFolder
 from metadist.run.signals import Stop
@@ -417,7 +417,7 @@ def test_another_teacher_under_the_same_name_is_refused(teacher: Path, tmp_path:
     network.load(teacher).save(tmp_path / "t" / "network.safetensors")
     folder = RunFolder.attach(tmp_path / "s")
     with pytest.raises(RunError, match="the teachers are not those this run began with"):
-        trainer.check_pool(job.build(folder.config), folder)
+        origins.check(job.build(folder.config).origins, folder)
 
 
 WRONG = {

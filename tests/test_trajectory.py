@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ from metadist.exchange.allreduce import Alone
 from metadist.identity import identity_hash
 from metadist.methods.starts import Expert
 from metadist.nets.loss import cross_entropy_loss, distillation_loss
-from metadist.run import evaluation, gradient_check, judge, local, trainer
+from metadist.run import evaluation, gradient_check, judge, local, origins, trainer
 from metadist.run import setup as setup_room
 from metadist.run.command import main
 from metadist.run.compose import compose, expand
@@ -55,7 +54,7 @@ class Walks:
     """Experts that wander: a double of metadist.store.experts.ExpertStore."""
 
     def __init__(self, count: int, epochs: int, size: int) -> None:
-        self.count, self.epochs, self.size = count, epochs, size
+        self.key, self.count, self.epochs, self.size = "walks", count, epochs, size
         made = torch.Generator().manual_seed(0)
         steps = torch.randn(count, epochs + 1, size, generator=made) * 0.1
         self.path = steps.cumsum(1)
@@ -460,11 +459,11 @@ def test_two_workers_are_one(method: list[str], cache: str, tmp_path: Path) -> N
 def test_students_are_judged_with_their_teacher_and_without(cache: str) -> None:
     made = build(compose([*TINY, *KD, cache, "engine.dtype=float64", "kd.alpha=.8", "kd.T=2"]))
     phi, theta0 = made.synthetic.parameters(), made.starts.held_out(3, "validation")
-    taught, alone = judge.figures_of(made, phi, "validation", theta0)
+    taught, alone = judge.figures_of(made, phi, "evaluation", theta0)
     guide = made.guide
     assert guide is not None
     x, y = (v[0] for v in made.synthetic.batches(phi))
-    rates, split = made.synthetic.rates(phi), made.data.valid
+    rates, split = made.synthetic.rates(phi), made.data.test
 
     def trained(loss: Callable[..., Tensor], *seen: Tensor) -> list[float]:
         found = []
@@ -477,6 +476,7 @@ def test_students_are_judged_with_their_teacher_and_without(cache: str) -> None:
 
     assert taught.tolist() == trained(distillation_loss(made.learner, 0.8, 2.0), x, y, guide.teacher(x).detach())
     assert alone.tolist() == trained(cross_entropy_loss(made.learner), x, y) and taught.tolist() != alone.tolist()
+    assert len(judge.figures_of(made, phi, "validation", theta0)) == 1  # a checkpoint is chosen by students with their teacher
 
 
 @pytest.fixture(scope="module")
@@ -558,17 +558,19 @@ def test_a_mistake_is_one_line(words: list[str], said: str, cache: str, tmp_path
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err, err
 
 
-def test_a_resumed_run_goes_on_with_the_experts_it_began_with(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_experts_it_began_with(cache: str, tmp_path: Path) -> None:
     """experts.path names a folder, not a recipe: another's experts may have come to lie there."""
     folder = RunFolder.open(compose([f"run_dir={tmp_path / 'run'}"]))
+    setup = build(compose([*TINY, "method=mtt", cache]))
+    starts: Any = setup.starts
     for key, said in (
         ("a" * 64, ""),
         ("a" * 64, ""),
         ("b" * 64, "not those this run began with .sha256 bbbb.*restore experts.path"),
     ):
-        setup: Any = SimpleNamespace(starts=SimpleNamespace(experts=SimpleNamespace(key=key)))
+        starts.experts.key = key
         with pytest.raises(RunError, match=said) if said else nullcontext():
-            trainer.check_pool(setup, folder)
+            origins.check(setup.origins, folder)
 
 
 @pytest.mark.parametrize(

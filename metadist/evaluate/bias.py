@@ -7,7 +7,7 @@ Two ways to choose it, which must not be mixed up
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,8 @@ def _margins(logits: Tensor, c: int) -> Tensor:
     return others.max(1).values - logits[:, c]
 
 
-def _each(logits: Tensor, missing: Sequence[int], choose: object) -> Tensor:
+def _each(logits: Tensor, missing: Sequence[int], choose: Callable[[Tensor, int], float]) -> Tensor:
     """Biases [K], zero but for the missing classes; choose: (logits with the biases so far, class) -> what to add."""
-    assert callable(choose)
     bias = torch.zeros_like(logits[0])
     for _ in range(_ROUNDS if len(missing) > 1 else 1):
         before = bias.clone()

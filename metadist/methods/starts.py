@@ -100,9 +100,10 @@ class Pretrained:
 class Experts(Protocol):
     """Trajectories of experts; metadist.store.experts holds them in files.
 
-    count: how many; epochs: E, snapshots are 0 ... E; size: P.
+    key: SHA-256 of how they were made; count: how many; epochs: E, snapshots are 0 ... E; size: P.
     """
 
+    key: str
     count: int
     epochs: int
     size: int

@@ -62,11 +62,12 @@ def report(config: Config, valid: int, test: int, curve: int) -> Amount:
     return Amount(nets + trials + drawn + curves, images, 1)
 
 
-def left(config: Config, step: int, valid: int, test: int) -> Amount:
-    """Of all validations after ``step`` and of the final judgement: what all workers do together."""
+def left(config: Config, step: int, valid: int, test: int, ways: int = 1) -> Amount:
+    """Of all validations after ``step`` and of the final judgement, by so many ways of training: what all workers do together."""
     every, fixed = config.eval.every, config.method.init == "fixed"
     rounds = -(-config.steps // every) - step // every
     each, last = (1, 1) if fixed else (config.eval.nets, config.eval.final_nets)
+    last *= ways
     return Amount(rounds * each + last, rounds * each * valid + last * test, rounds + 1)
 
 

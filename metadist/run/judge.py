@@ -33,14 +33,14 @@ CURVE_NETS = 5  # of them, those whose accuracy is followed from step to step
 
 def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:
     """Figures of held-out networks trained on ``phi``, each float64 [n]: "score", the figures of a poisoned set, and where a
-    teacher takes part (the score is then of students that it teaches) "without_teacher".
+    teacher takes part (the score is then of students that it teaches), on the test split, "without_teacher".
 
     purpose: "validation" (its split and starts) or "evaluation" (the test split, starts never used before).
     The score is what checkpoints are chosen by: accuracy in the labels the method's judge uses.
     """
     theta0 = setup.starts.held_out(count, purpose)
     names = ["score"] + (["accuracy", "attacked_accuracy", "success"] if setup.method.relabel else [])
-    names += ["without_teacher"] if setup.guide else []
+    names += ["without_teacher"] if setup.guide and purpose != "validation" else []
     table = exchange.spread(
         purpose, phi, len(theta0), lambda some: figures_of(setup, phi, purpose, theta0[some.to(setup.device)]), len(names)
     )
@@ -49,15 +49,12 @@ def outcomes(setup: Setup, phi: Phi, purpose: str, count: int, exchange: Exchang
 
 def figures_of(setup: Setup, phi: Phi, purpose: str, theta0: Tensor) -> Tensor:
     """The figures [F, n] of networks that start at ``theta0`` [n, P]."""
-    return _figures(setup, phi, setup.data.valid if purpose == "validation" else setup.data.test, theta0)
-
-
-def _figures(setup: Setup, phi: Phi, split: Split, theta0: Tensor) -> Tensor:
-    method = setup.config.method
-    guesses = _guesses(setup, phi, split, theta0)
+    validation, method = purpose == "validation", setup.config.method
+    split = setup.data.valid if validation else setup.data.test
     if setup.guide is not None:
-        taught = _guesses(setup, phi, split, theta0, setup.guide)
-        return torch.stack([(found == split.y).to(torch.float64).mean(1) for found in (taught, guesses)])
+        ways = (setup.guide,) if validation else (setup.guide, None)
+        return torch.stack([(_guesses(setup, phi, split, theta0, way) == split.y).to(torch.float64).mean(1) for way in ways])
+    guesses = _guesses(setup, phi, split, theta0)
     if setup.method.relabel is None:
         return (guesses == split.y).to(torch.float64).mean(1)[None]
     score = (guesses == setup.method.relabel(split.y)).to(torch.float64).mean(1)

@@ -26,13 +26,12 @@ from metadist.exchange.keys import find_server
 from metadist.exchange.wire import Layout
 from metadist.exchange.work import Judge, Leave, Settings, Work
 from metadist.identity import identity_hash
-from metadist.run import plan
+from metadist.run import origins, plan
 from metadist.run.compute import Compute
 from metadist.run.folder import RunFolder
 from metadist.run.job import build, product
 from metadist.run.product import Job
 from metadist.run.signals import SIGNALS, Stop
-from metadist.run.trainer import check_pool
 
 _POLL_S = 0.2
 
@@ -70,7 +69,7 @@ def serve(folder: RunFolder, label: str, connected: Callable[[Client], None]) ->
         return 0
     setup = build(folder.config)
     folder = _meet(folder)
-    check_pool(setup, folder)
+    origins.check(setup.origins, folder)
     item = int(folder.resolve("item", lambda: None))
     decided = plan.decide_for_server(setup, folder, item)
     setup = setup.compiled(decided.compile)

@@ -80,7 +80,7 @@ class Networks:
     def _accuracy(self, phi: Phi, purpose: str, some: Tensor) -> Tensor:
         split = self.valid if purpose == "validation" else self.setup.data.test
         theta = phi["theta"].detach()[some.to(phi["theta"].device)]
-        guesses = predictions(self.learner, theta, self.buffers(theta), split.x, chunk=len(theta), batch=_AT_ONCE)
+        guesses = predictions(self.learner, theta, self.buffers(theta), split.x, chunk=len(theta))
         return (guesses == split.y).to(torch.float64).mean(1)[None]
 
     def buffers(self, theta: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ There are two: a distilled set (``Sets``, by metadist.run.judge and finish) and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from metadist.run import finish, forecast, judge
 from metadist.run.compute import Method
 from metadist.run.folder import RunFolder
 from metadist.run.monitor import Monitor
+from metadist.run.origins import Origin
 from metadist.run.setup import Setup
 from metadist.run.state import MetaState
 from metadist.synthetic.images import Phi
@@ -94,6 +96,20 @@ class Job(Protocol):
         """Whether the method runs compiled."""
         ...
 
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Networks made elsewhere that it stands on."""
+        ...
+
+    @property
+    def least(self) -> Mapping[str, float]:
+        """Lower bounds of parameters, by name."""
+        ...
+
+    def project(self, phi: Phi) -> None:
+        """Put updated parameters back, in place, into any other set they must lie in."""
+        ...
+
     def compiled(self, compile: bool) -> Job:
         """The same, compiled or not."""
         ...
@@ -113,13 +129,14 @@ class Sets:
         return self.config.eval.nets if purpose == "validation" else self.config.eval.final_nets
 
     def evaluation_s(self, state: MetaState, exchange: Exchange) -> float:
-        """See metadist.run.forecast; with a teacher each network is judged twice."""
+        """See metadist.run.forecast."""
         config, valid, test = self.config, self.setup.data.valid, self.setup.data.test
         pace = forecast.pace(self.setup, state.kept, exchange.world)
-        ours = forecast.left(config, state.step, len(valid.y), len(test.y))
+        ways = 2 if self.setup.guide else 1  # students are judged with their teacher and without
+        ours = forecast.left(config, state.step, len(valid.y), len(test.y), ways)
         chosen, curve = len(valid.thinned(CHOICE_IMAGES).y), len(test.thinned(CURVE_IMAGES).y)
         alone = forecast.report(config, chosen, len(test.y), curve).seconds(pace) if config.eval.report else 0.0
-        return (2 if self.setup.guide else 1) * ours.seconds(pace) / exchange.world + alone
+        return ours.seconds(pace) / exchange.world + alone
 
     def outcomes(self, phi: Phi, purpose: str, count: int, exchange: Exchange) -> dict[str, Tensor]:
         """Networks trained on the set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,11 @@ from metadist.methods.starts import Expert, Experts, Fixed, Pretrained, Starts, 
 from metadist.methods.trajectory import Guide
 from metadist.nets import Learner
 from metadist.nets.loss import cross_entropy_loss, distillation_loss, judging_loss
+from metadist.run import origins
+from metadist.run.origins import Origin
 from metadist.run.validate import validate_with_data
 from metadist.synthetic.generator import Generator
-from metadist.synthetic.images import Images, Synthetic
+from metadist.synthetic.images import Images, Phi, Synthetic
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -54,6 +57,21 @@ class Setup:
     def is_compiled(self) -> bool:
         """Whether the inner step and its adjoint are compiled."""
         return self.inner.compiled
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The pool of pre-trained starts, or the experts."""
+        if isinstance(self.starts, Pretrained):
+            return (origins.pool(self.starts.train),)
+        return (origins.experts(self.starts.experts.key),) if isinstance(self.starts, Expert) else ()
+
+    @property
+    def least(self) -> Mapping[str, float]:
+        """Of learned rates."""
+        return self.synthetic.least
+
+    def project(self, phi: Phi) -> None:
+        """Lower bounds are all there are."""
 
     def compiled(self, compile: bool) -> Setup:
         """The same with the inner step and its adjoint compiled; on a GPU captured, where the whole can't be."""

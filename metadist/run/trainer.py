@@ -11,7 +11,6 @@ Design choices
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from typing import Any
@@ -22,7 +21,7 @@ from metadist.config import Config
 from metadist.errors import RunError
 from metadist.exchange import Exchange
 from metadist.exchange.server import batch_of, item_size
-from metadist.run import plan
+from metadist.run import origins, plan
 from metadist.run.compute import Compute
 from metadist.run.cost import peak_memory_mb
 from metadist.run.folder import RunFolder
@@ -31,7 +30,6 @@ from metadist.run.monitor import Monitor
 from metadist.run.product import Job
 from metadist.run.signals import Stop
 from metadist.run.state import MetaState
-from metadist.synthetic.network import Network
 
 Snapshot = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -44,10 +42,9 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
     """
     began = time.monotonic()
     setup = setup or build(config)
-    check_pool(setup, folder)
+    origins.check(setup.origins, folder)
     horizon = config.meta.horizon or int(folder.resolve("horizon", lambda: config.steps))
-    least = getattr(getattr(setup, "synthetic", None), "least", None)
-    state = MetaState(setup.method.parameters(), config.meta, horizon, least, getattr(setup.method, "project", None))
+    state = MetaState(setup.method.parameters(), config.meta, horizon, setup.least, setup.project)
     trainer = Trainer(setup, state, folder, exchange)
     trainer.resume()
     trainer.monitor = Monitor(folder.path if exchange.rank == 0 else None, state.step, config.steps, folder.incarnation)
@@ -62,29 +59,6 @@ def train(config: Config, folder: RunFolder, exchange: Exchange, stop: Stop, set
         return trainer.product.finish(state, folder, exchange, trainer.monitor, minutes)
     finally:
         trainer.monitor.close()
-
-
-def check_pool(setup: Job, folder: RunFolder) -> None:
-    """A resumed run must go on with the very networks it began with. Raises RunError if the pool, or a teacher, is another."""
-    teachers: tuple[Network, ...] = getattr(setup, "teachers", ())
-    if teachers:
-        digest = hashlib.sha256("".join(t.digest() for t in teachers).encode()).hexdigest()
-        _same(folder, "teachers", digest, "the teachers", "restore the runs of kd.teachers")
-    starts = getattr(setup, "starts", None)
-    if (key := getattr(getattr(starts, "experts", None), "key", None)) is not None:
-        _same(folder, "experts", key, "the experts", "restore experts.path")
-    if (weights := getattr(starts, "train", None)) is None:
-        return
-    digest = hashlib.sha256(weights.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-    _same(folder, "pool", digest, "the pre-trained networks", "restore cache_dir or pretrained.path")
-
-
-def _same(folder: RunFolder, name: str, digest: str, what: str, mend: str) -> None:
-    if (known := folder.resolve(name, lambda: digest)) != digest:
-        raise RunError(
-            f"{what} are not those this run began with (sha256 {digest[:12]}, recorded {known[:12]}): "
-            f"{mend}, or start a new run_dir"
-        )
 
 
 class Trainer:

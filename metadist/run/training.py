@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from metadist.methods.advice import Advice
 from metadist.methods.kd import Training
 from metadist.nets import Learner
 from metadist.nets.watch import first_line
+from metadist.run import origins
+from metadist.run.origins import Origin
 from metadist.run.setup import DTYPES, device_of, tune
 from metadist.store.logits import Logits
 from metadist.synthetic import distilled, network
+from metadist.synthetic.images import Phi
 from metadist.synthetic.network import Network, snapshot_name
 
 
@@ -47,6 +51,20 @@ class TrainingSetup:
     def is_compiled(self) -> bool:
         """Whether the loss is compiled."""
         return self.method.compiled
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The teachers."""
+        return (origins.teachers(t.digest() for t in self.teachers),) if self.teachers else ()
+
+    @property
+    def least(self) -> Mapping[str, float]:
+        """There are none."""
+        return {}
+
+    def project(self, phi: Phi) -> None:
+        """The constraint on the weights, train.max_square."""
+        self.method.project(phi)
 
     def compiled(self, compile: bool) -> TrainingSetup:
         """The same with its loss compiled or not."""

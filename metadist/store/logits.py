@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from metadist.errors import RunError
@@ -73,7 +71,7 @@ class Logits:
     def _map(self, number: int) -> Tensor | None:
         path = self.path(number)
         try:
-            tensors, head = load_tensors(path)
+            _, head = load_tensors(path)
         except FileNotFoundError:
             return None
         except RunError as e:
@@ -82,15 +80,6 @@ class Logits:
         if head.get("recipe") != self.recipe or head.get("variant") != number:
             log.warning("stored logits %s are made again: they belong to another recipe", path)
             return None
-        return mapped(path, _NAME, tensors[_NAME])
-
-
-def mapped(path: Path, name: str, like: Tensor) -> Tensor:
-    """The tensor ``name`` of a safetensors file, on the disk until it is looked at. like: a tensor of its shape and dtype."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        begin, end = json.loads(file.read(length))[name]["data_offsets"]
-    kind = torch.empty(0, dtype=like.dtype).numpy().dtype
-    assert end - begin == math.prod(like.shape) * kind.itemsize
-    # Copy-on-write: nothing is written, but a read-only array is no tensor.
-    return torch.from_numpy(np.memmap(path, kind, "c", 8 + length + begin, tuple(like.shape)))
+        with safe_open(str(path), framework="pt") as file:
+            found: Tensor = file.get_tensor(_NAME)
+        return found

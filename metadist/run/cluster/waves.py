@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metadist.config import Config
 from metadist.errors import UserError
 from metadist.run.cluster import record, scheduler, sweep
 from metadist.run.cluster.batch import LOGS, Executor
@@ -101,7 +100,7 @@ def _submit(place: Path, todo: Sequence[Sequence[Row]]) -> list[str]:
     sent: list[str] = []
     for number, rows in enumerate(todo):
         dirs = [str(folder(place, row.name)) for row in rows]
-        points = [Point(row.words, {"run": row.name}, _own(row.config)) for row in rows]
+        points = [Point(row.words, {"run": row.name}, dataclasses.replace(row.config)) for row in rows]  # a folder is put in
         jobs = [Job((*row.words, f"run_dir={quoted(d)}"), {"run": row.name}, d) for row, d in zip(rows, dirs, strict=True)]
         for one in sweep.make(_place(place, number), points, jobs):
             one.write_config()
@@ -115,7 +114,3 @@ def _submit(place: Path, todo: Sequence[Sequence[Row]]) -> list[str]:
             record.write(Path(d) / LOGS / "job.json", told)
         print(f"wave {number + 1}: submitted array {sent[-1]} of {len(rows)}: {', '.join(row.name for row in rows)}")
     return sent
-
-
-def _own(config: Config) -> Config:
-    return dataclasses.replace(config)  # the folder's name is put into it
