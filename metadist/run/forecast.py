@@ -63,7 +63,7 @@ def report(config: Config, valid: int, test: int, curve: int) -> Amount:
 
 
 def left(config: Config, step: int, valid: int, test: int, ways: int = 1) -> Amount:
-    """Of all validations after ``step`` and of the final judgement, by so many ways of training: what all workers do together."""
+    """Of all validations after ``step`` and of the final judgement by ``ways`` of training: what all workers do together."""
     every, fixed = config.eval.every, config.method.init == "fixed"
     rounds = -(-config.steps // every) - step // every
     each, last = (1, 1) if fixed else (config.eval.nets, config.eval.final_nets)
