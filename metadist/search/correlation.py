@@ -144,7 +144,7 @@ def _ranks(x: Values, weights: Weights) -> tuple[Values, Weights]:
 
 def _ratio(score: Values, x: Values, y: Values) -> Values:
     """score / sqrt(x y), nan where x or y is zero."""
-    size = np.sqrt(x) * np.sqrt(y)
+    size = np.sqrt(x * y)
     out = np.full(len(score), math.nan)
     np.divide(score, size, out=out, where=size > 0)
     clipped: Values = np.clip(out, -1.0, 1.0)

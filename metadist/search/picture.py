@@ -20,12 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from metadist.search.words import CEILING
+from metadist.search.words import BLIND, CEILING
 from metadist.store import atomic_write
 
 _DISTILLED, _FREE, _CEILING, _INK, _FAINT = "#c8452d", "#8d8d8d", "#26466d", "#222222", "#e6e6e6"
 _REAL = {"real_steps": "#5a9e57", "early_stop": "#c79a2b", "random_real": "#4c86b8", "coreset": "#8d6cab"}
-_DASHES = ("-", "--", ":", "-.")
+_FREE_DASHES = ("-.", ":", (0, (6, 2)))
 
 
 def save(path: Path | str, report: Mapping[str, Any]) -> None:
@@ -36,8 +36,11 @@ def save(path: Path | str, report: Mapping[str, Any]) -> None:
 def draw(report: Mapping[str, Any]) -> bytes:
     """The page as PNG bytes."""
     judged = report["judged"] > 0
-    figure = Figure(figsize=(13, 8.4) if judged else (7, 1.2 + 0.32 * _lines(report)), facecolor="white", layout="constrained")
+    size = (13.0, 8.4) if judged else (6 + 0.055 * _longest(report), 1.4 + 0.3 * max(4, len(_trained(report))))
+    figure = Figure(figsize=size, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.12, h_pad=0.1)
     figure.suptitle(f"{report['space']} on {report['data']}, {report['count']} candidates", fontsize=14, color=_INK)
     if judged:
         axes = figure.subplots(2, 2)
@@ -106,67 +109,73 @@ def _errors(axes: Axes, errors: list[float]) -> None:
 
 
 def _bars(axes: Axes, report: Mapping[str, Any]) -> None:
-    """Spearman of every proxy, whiskers 95 %; a diamond: the top half; a line: the ceiling."""
+    """Spearman of every proxy, whiskers 95 %; pale below it that of the top half; a line: the ceiling."""
+    edges = [-0.1]
     for i, (way, found) in enumerate(report["proxies"].items()):
-        e, top = found["spearman"], found["top_half"]["value"]
-        if e["value"] is None:
-            axes.annotate(" undefined", (0, i), va="center", fontsize=8, color=_INK)
-            continue
-        axes.barh(i, e["value"], color=_colour(report, way), height=0.66)
-        if e["low"] is not None:
-            axes.plot((e["low"], e["high"]), (i, i), color=_INK, linewidth=1.2, marker="|", markersize=6)
-        if top is not None:
-            axes.plot(top, i, marker="D", markersize=5, color="white", markeredgecolor=_INK, linestyle="none", label="_")
+        for key, y, height, alpha in (("spearman", i - 0.14, 0.46, 1.0), ("top_half", i + 0.25, 0.26, 0.4)):
+            e = found[key]
+            if e["value"] is None:
+                if key == "spearman":
+                    axes.annotate(" undefined", (0, i), va="center", fontsize=8, color=_INK)
+                continue
+            axes.barh(y, e["value"], color=_colour(report, way), height=height, alpha=alpha)
+            edges.append(e["value"])
+            if e["low"] is not None:
+                axes.plot(
+                    (e["low"], e["high"]), (y, y), color=_INK, linewidth=1, marker="|", markersize=5, alpha=max(alpha, 0.6)
+                )
+                edges.append(e["low"])
     ceiling = report["ceiling"]
     if ceiling is not None and ceiling["spearman"]["value"] is not None:
         value = ceiling["spearman"]["value"]
         axes.axvline(value, color=_CEILING, linewidth=1.4, linestyle="--")
-        axes.annotate(f"{CEILING}: {value:.2f} ", (value, -0.62), ha="right", va="center", fontsize=8, color=_CEILING)
+        axes.annotate(f"{CEILING}: {value:.2f} ", (value, -0.68), ha="right", va="center", fontsize=8, color=_CEILING)
     axes.set_yticks(range(len(report["proxies"])), list(report["proxies"]))
-    axes.set_ylim(len(report["proxies"]) - 0.4, -0.95)
+    axes.set_ylim(len(report["proxies"]) - 0.5, -0.95)
     axes.axvline(0, color=_INK, linewidth=0.8)
-    axes.set(xlabel="Spearman with truth, 95 % bootstrap over candidates; diamond: top half", xlim=(-1.02, 1.02))
+    axes.set(xlabel="Spearman with truth, 95 % bootstrap over candidates; pale: top half", xlim=(min(edges) - 0.04, 1.02))
 
 
 def _regrets(axes: Axes, report: Mapping[str, Any]) -> None:
     """Points lost by the pick against the budget, a line a proxy; the guess and the ceiling beside."""
-    count = {"free": 0}
-    for way, found in report["proxies"].items():
-        budgets = [int(b) for b in found["regret"]]
-        free = way in report["free"]
-        dash = _DASHES[1 + count["free"] % 3] if free else "-"
-        count["free"] += free
-        axes.plot(budgets, list(found["regret"].values()), color=_colour(report, way), linestyle=dash, marker="o", markersize=4,
-                  linewidth=2.2 if way == "distilled" else 1.3, label=way)  # fmt: skip
-    for name, found, colour in ((CEILING, report["ceiling"], _CEILING), ("a blind guess", report["blind"], _INK)):
-        if found is not None:
-            x, y = [int(b) for b in found["regret"]], list(found["regret"].values())
-            axes.plot(x, y, color=colour, linewidth=1.2, linestyle="--", label=name)
-    values = [v for p in (*report["proxies"].values(), report["blind"]) for v in p["regret"].values()]
-    axes.set_yscale("symlog", linthresh=1) if max(values) > 10 else None
-    budgets = sorted({int(b) for b in report["blind"]["regret"]})
+    lines = [(way, found, _colour(report, way)) for way, found in report["proxies"].items()]
+    if report["ceiling"] is not None:
+        lines.append((CEILING, report["ceiling"], _CEILING))
+    lines.append((BLIND, report["blind"], _INK))
+    for way, found, colour in lines:
+        dash = (
+            _FREE_DASHES[report["free"].index(way) % 3] if way in report["free"] else "-" if way in report["proxies"] else "--"
+        )
+        axes.plot([int(b) for b in found["regret"]], list(found["regret"].values()), color=colour, linestyle=dash, marker="o",
+                  markersize=4, linewidth=2.2 if way == "distilled" else 1.3, label=way, clip_on=False)  # fmt: skip
+    if max(v for _, found, _ in lines for v in found["regret"].values()) > 10:
+        axes.set_yscale("symlog", linthresh=1)
     axes.set_xscale("log")
+    budgets = [int(b) for b in report["blind"]["regret"]]
     axes.set_xticks(budgets, [str(b) for b in budgets], minor=False)
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axes.set(
-        xlabel="budget: candidates drawn at random, of which the proxy picks", ylabel="regret of the pick, points of accuracy"
-    )
-    axes.legend(fontsize=8, frameon=False, ncols=2)
+    axes.set(xlabel="candidates drawn at random, of which the proxy picks", ylabel="regret of the pick, points of accuracy")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _lines(report: Mapping[str, Any]) -> int:
-    return sum(len(found) for way, found in report["best"].items() if way not in report["free"])
+def _trained(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The best of every proxy that trains, with the proxy's name."""
+    return [(way, b) for way, found in report["best"].items() if way not in report["free"] for b in found]
+
+
+def _longest(report: Mapping[str, Any]) -> int:
+    return max((len(c["key"]) for c in report["candidates"]), default=0)
 
 
 def _best(axes: Axes, report: Mapping[str, Any]) -> None:
     """Without truth: the best of every proxy by its own score, and the accuracy of those trained in full."""
-    rows = [(way, b) for way, found in report["best"].items() if way not in report["free"] for b in found]
+    rows = _trained(report)
     for i, (way, b) in enumerate(rows):
         axes.barh(i, 100 * b["score"], color=_colour(report, way), height=0.7)
         if b["retrained"] is not None:
             axes.plot(100 * b["retrained"], i, marker="D", markersize=5, color=_INK, linestyle="none")
     axes.set_yticks(range(len(rows)), [f"{b['key']}  ({way})" for way, b in rows], fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel="validation accuracy by the proxy, %; diamond: test accuracy after full training", xlim=(0, 100))
+    axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    axes.set(xlabel="validation accuracy by the proxy, %\ndiamond: test accuracy after full training", xlim=(0, 101))
