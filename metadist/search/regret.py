@@ -92,4 +92,4 @@ def payoff(set_seconds: float | None, where: str | None, proxy: float | None, fu
         return answer(None, None, "a candidate costs no less by the proxy than by full training")
     ratio = set_seconds / (full - proxy)
     needed = math.floor((set_seconds + best * full) / (full - proxy)) + 1
-    return answer(ratio, max(needed, best), None)
+    return answer(ratio, needed, None)
