@@ -111,12 +111,10 @@ def standard(
 ) -> Tensor:
     """Weights [n, P] after ordinary shuffled minibatch training of n networks, each with a shuffling of its own.
 
-    theta0: [n, P].
-    x: [N, C, H, W]; y: int64 [N] or float [N, K].
+    theta0: [n, P]. x: [N, C, H, W]; y: int64 [N] or float [N, K].
     epochs: passes; a last batch that is not full is used as it is. steps: their number, in place of epochs.
     until: leave after so many steps, the schedule being that of all; 0: after all.
-    lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss.
-    batch: images a step, at most N.
+    lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss; batch: images a step, at most N.
     keys: int64 [n, 2], one a network, for shuffling and augmentation.
     augment: of every batch anew: none | crop | flip | crop_flip | dsa:<strategy> (each network's step draws an operation, each
         image what is done by it).
@@ -134,13 +132,11 @@ def standard(
     steps = steps or epochs * each
     anew = steps // 2 if schedule == "half_anew" else 0
     rates, momenta = _rates(steps, lr, momentum, schedule, theta0)
-    # Adam's corrections count the steps of one optimizer.
     h = torch.cat([optimizer.schedule(rates[part], momenta[part]) for part in (slice(0, anew), slice(anew, None))])
 
     def train(theta: Tensor, keys: Tensor, *own: Tensor) -> Tensor:
         state = optimizer.init(theta)
-        order = _order(keys, size, batch, -(-steps // each))
-        for t, (key, rows) in enumerate(itertools.islice(order, min(until, steps) or steps)):
+        for t, (key, rows) in enumerate(itertools.islice(_order(keys, size, batch, -(-steps // each)), until or steps)):
             if t == anew:
                 state = optimizer.init(state[0])
             rows = own[0].gather(1, rows) if own else rows

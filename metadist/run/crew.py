@@ -7,20 +7,21 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from metadist.errors import RunError
 from metadist.run.queue import run_workers
 from metadist.run.signals import SIGNALS, Stop, stop_status
 
 
-def together(program: str, folder: Path, workers: int, threads: int) -> tuple[int, str]:
+def together(program: str, folder: Path, workers: int, threads: int, out: IO[str] | None = None) -> tuple[int, str]:
     """Run ``python -m program folder`` so many times at once until all have ended: (exit status, what to say about it).
 
-    threads: of each. Raises RunError if all of them were killed.
+    threads: of each. out: where they print; None: as this process does. Raises RunError if all of them were killed.
     """
     paths = os.pathsep.join(p for p in sys.path if p)  # a user's own module is found as it is here
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
-    status, text = run_workers([sys.executable, "-m", program, str(folder)], workers, environment)
+    status, text = run_workers([sys.executable, "-m", program, str(folder)], workers, environment, out)
     if status == 1 and text.startswith("worker"):  # all of them were killed: nobody has said anything
         raise RunError(f"{text}; run the same command again to go on")
     return status, text

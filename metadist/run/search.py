@@ -121,6 +121,10 @@ class Search:
         groups = grouped(self.space, indices, self.config.group)
         return [Task(way, repeat, tuple(group)) for repeat in range(self.repeats(way)) for group in groups]
 
+    def count(self) -> int:
+        """How many tasks can be done from the beginning."""
+        return sum(len(self.tasks(way, indices)) for way, indices in next(self.phases()).items())
+
     def phases(self) -> Iterator[dict[str, tuple[int, ...]]]:
         """{way: candidates} of what can be done at one time; the next is to be asked for when that is done."""
         c, all_ = self.config, self.candidates

@@ -23,6 +23,7 @@ cache_dir, engine.dtype engine.precision engine.compile; with cluster=slurm thos
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -73,18 +74,20 @@ def translated(argv: Sequence[str]) -> list[str]:
 
 def start(config: Config, as_json: bool = False) -> int:
     """Workers on this machine, until everything is done; the exit status."""
-    folder = search_dir(config)
-    search = Search(config, folder)
+    folder, search = opened(config)
+    other = sys.stderr if as_json else None  # where progress goes, None: as everything
+    out = other or sys.stdout
     open_folder(config, folder)
     if not search.finished():
         count, threads = config.workers, config.threads or max(1, cores() // config.workers)
         who = f"{count} worker{'s' if count > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}"
         ways = [*config.search.proxy, *(["truth"] if config.search.truth == "train" else [])]
         print(f"{len(search.candidates)} of the {len(search.space)} architectures of {config.search.space}, by "
-              f"{', '.join(ways)}; {who}; {folder}", flush=True)  # fmt: skip
-        status, text = _alone(config, folder) if count == 1 else together(PROGRAM, folder, count, threads)
+              f"{', '.join(ways)}; {who}; {folder}", file=out, flush=True)  # fmt: skip
+        with contextlib.redirect_stdout(out):
+            status, text = _alone(config, folder) if count == 1 else together(PROGRAM, folder, count, threads, other)
         if status > 128:
-            print(f"stopped by {signal.Signals(status - 128).name}; run the same command again to go on")
+            print(f"stopped by {signal.Signals(status - 128).name}; run the same command again to go on", file=out)
             return status
         if text:
             print(text, file=sys.stderr, flush=True)
@@ -92,6 +95,16 @@ def start(config: Config, as_json: bool = False) -> int:
             return status
     show(config, folder, as_json)
     return 0
+
+
+def opened(config: Config) -> tuple[Path, Search]:
+    """The folder and the search. Raises UserError, also for more workers than tasks."""
+    folder = search_dir(config)
+    search = Search(config, folder)
+    if config.workers > (tasks := search.count()):
+        raise UserError(f"workers={config.workers} is more than the {tasks} tasks; give workers 1 to {tasks}, or a smaller "
+                        f"search.group than {config.search.group}")  # fmt: skip
+    return folder, search
 
 
 def show(config: Config, folder: Path, as_json: bool = False) -> None:

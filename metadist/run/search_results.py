@@ -1,6 +1,6 @@
 """What is known of each candidate: one file a way, seed and candidate, whole or not there.
 
-    results/<way>/<seed>/<number of the candidate in the space>.json    {"score", "failed", "seconds", "images"}
+results/<way>/<seed>/<number of the candidate in the space>.json    {"score", "failed", "seconds", "images"}
 """
 
 from __future__ import annotations
