@@ -33,7 +33,7 @@ Values = NDArray[np.float64]
 Weights = NDArray[np.int64]
 Statistic = Callable[[Values, Values, Weights], Values]
 
-RESAMPLES = 4000
+MOST, LEAST = 4000, 500  # bootstrap samples of up to 1000 candidates, and of many more, where intervals are narrow
 _TAIL = 0.025
 _BLOCK = 512  # candidates whose pairs with all others are held at once
 
@@ -52,7 +52,7 @@ class Estimate:
 
 
 @functools.lru_cache(maxsize=8)
-def resamples(n: int, count: int = RESAMPLES, seed: int = 0) -> Weights:
+def resamples(n: int, count: int, seed: int = 0) -> Weights:
     """How often each of n candidates occurs in each of ``count`` bootstrap samples: int64 [count, n], read-only."""
     keys = draw.key(seed, "bootstrap", torch.arange(count))
     drawn = draw.integers(keys, (n,), n).numpy() + n * np.arange(count)[:, None]
@@ -87,16 +87,16 @@ def kendall(x: Values, y: Values, weights: Weights) -> Values:
     return _ratio(score, *untied)
 
 
-def estimate(statistic: Statistic, x: ArrayLike, y: ArrayLike, count: int = RESAMPLES, seed: int = 0) -> Estimate:
+def estimate(statistic: Statistic, x: ArrayLike, y: ArrayLike, count: int | None = None, seed: int = 0) -> Estimate:
     """``spearman`` or ``kendall`` of n candidates with its percentile interval over candidates.
 
     x, y: [n] scores of the same candidates, n >= 0.
-    count, seed: of the bootstrap samples.
+    count, seed: of the bootstrap samples; None: 4000, fewer above 1000 candidates.
     """
     return _bootstrap(lambda w: statistic(*_pair(x, y), w), np.asarray(y), (x, y), count, seed)
 
 
-def difference(first: ArrayLike, second: ArrayLike, y: ArrayLike, count: int = RESAMPLES, seed: int = 0) -> Estimate:
+def difference(first: ArrayLike, second: ArrayLike, y: ArrayLike, count: int | None = None, seed: int = 0) -> Estimate:
     """Spearman of ``first`` with y less that of ``second`` with y: paired, every resample takes both at the same candidates.
 
     first, second, y: [n] scores of the same candidates.
@@ -115,9 +115,10 @@ def top_half(truth: ArrayLike) -> NDArray[np.int64]:
 
 
 def _bootstrap(
-    statistic: Callable[[Weights], Values], sample: NDArray[Any], given: tuple[ArrayLike, ...], count: int, seed: int
+    statistic: Callable[[Weights], Values], sample: NDArray[Any], given: tuple[ArrayLike, ...], count: int | None, seed: int
 ) -> Estimate:
     n = len(sample)
+    count = max(LEAST, MOST * 1000 // max(1000, n)) if count is None else count
     if n < 2 or any(np.isnan(np.asarray(v, dtype=np.float64)).any() for v in given):
         return Estimate(math.nan, math.nan, math.nan)
     value = float(statistic(np.ones((1, n), dtype=np.int64))[0])
