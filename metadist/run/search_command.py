@@ -54,12 +54,12 @@ PROGRAM = "metadist.run.search_command"  # of a worker
 
 def judge(config: Config, words: Sequence[str], cluster: bool = False) -> None:
     """Raise UserError for keys among ``words`` that are not read, and for what can't be done. cluster: there is one."""
+    validate_search.search(config)
     for key in words:
         if cluster and key.partition(".")[0] == "cluster":
             continue
         if why := unread_by_search(config, key):
             raise UserError(f"{key} is not read here: it belongs to {why}; leave it out, or give that as well")
-    validate_search.search(config)
 
 
 def translated(argv: Sequence[str]) -> list[str]:

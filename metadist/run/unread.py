@@ -142,7 +142,7 @@ def _of_search(config: Config) -> dict[str, tuple[bool, list[str]]]:
     return {
         "space=convnets and space=cells": (c.space in ("convnets", "cells"), ["search.width"]),
         "space=cells": (c.space == "cells", ["search.cells"]),
-        "a proxy that trains": (bool(cheap), ["search.set", "search.steps", "search.proxy_seeds"]),
+        "a proxy that trains": (bool(cheap), ["search.steps", "search.proxy_seeds"]),
         "proxy=distilled": ("distilled" in cheap, ["search.set_lr"]),
         "proxy=random_real and proxy=coreset": (bool({"random_real", "coreset"} & cheap), ["search.draws"]),
         "proxy=coreset": ("coreset" in cheap, ["search.coreset"]),

@@ -8,6 +8,7 @@ from metadist.config import Config
 from metadist.config_search import FREE, TRAINED
 from metadist.errors import UserError, unknown
 
+SPACES = ("convnets", "cells")
 # Of metadist.run.validate's tables.
 CHOICES = {
     "search.coreset": ("kmeans", "kcenter"),
@@ -23,6 +24,8 @@ AT_LEAST_0 = tuple(
 def search(config: Config) -> None:
     """The section ``search``, as far as can be told without the space and the data. Raises UserError."""
     c = config.search
+    if c.space not in SPACES and "." not in c.space:
+        raise UserError(f"{unknown('search.space', c.space, SPACES)}; or give the import path of your own")
     if c.candidates == 1:
         raise UserError("search.candidates=1 leaves nothing to compare; give 2 or more, or 0 for the whole space")
     if c.halving == 1:
