@@ -55,7 +55,8 @@ class Convnets:
 
     def module(self, index: int, channels: int, size: int, classes: int) -> nn.Module:
         """The candidate. Raises UserError for images of fewer than 2^depth pixels (with pooling)."""
-        return convnet(channels, size, classes, *self.options(index))
+        depth, width, *words = self.options(index)
+        return convnet(channels, size, classes, width, depth, *words)
 
     def shape(self, index: int) -> str:
         """Equal for candidates that one ``Switched`` module can be."""
@@ -66,7 +67,7 @@ class Convnets:
         """The module that all candidates of this one's shape are."""
         depth, width, norm, _, pooling = self.options(index)
         pooling = "none" if pooling == "none" else "avg"
-        return Switched(convnet(channels, size, classes, depth, width, norm, "relu", pooling))
+        return Switched(convnet(channels, size, classes, width, depth, norm, "relu", pooling))
 
     def choice(self, index: int) -> tuple[float, ...]:
         """The signs that make this candidate of the shared module."""
