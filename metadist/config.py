@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metadist.config_machine import ClusterConfig, EngineConfig, ExchangeConfig
+from metadist.config_search import SearchConfig
 from metadist.config_train import KdConfig, TrainConfig
 from metadist.config_trajectory import ExpertsConfig, TrajectoryConfig
 
@@ -238,6 +239,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -67,6 +67,7 @@ def identity(config: Config) -> dict[str, Any]:
         "train.": method.synthetic == "network",
         "kd.": guided,
         "teacher.": guided and method.synthetic != "network",
+        "search.": False,  # launch/search.py has an identity of its own
     }
     elsewhere = tuple(prefix for prefix, used in read.items() if not used)
     leaves = {k: v for k, v in flatten(config).items() if not k.startswith(elsewhere)}

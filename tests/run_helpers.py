@@ -195,6 +195,7 @@ def _serve() -> None:
 
     import metadist.run.experts_job
     import metadist.run.local
+    import metadist.run.search_job
     import metadist.run.trainer  # noqa: F401
 
     for line in sys.stdin:

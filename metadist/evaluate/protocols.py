@@ -22,7 +22,7 @@ from metadist.errors import unknown
 from metadist.evaluate.plan import Plan, Rate, Result
 from metadist.evaluate.recipe import Recipe, random_indices
 from metadist.evaluate.statistics import Summary
-from metadist.evaluate.train import accuracy, chunks, ordinary, predictions, standard, statistics
+from metadist.evaluate.train import accuracy, chunks, ordinary, predictions, seen, standard, statistics
 from metadist.metagrad.inner import Inner
 from metadist.methods.poison import Figures, figures
 from metadist.methods.starts import Starts
@@ -166,13 +166,7 @@ class Evaluation:
         return self._measure(train, plan.candidates, theta0)
 
     def _for_statistics(self, x: Tensor, batch: int) -> Tensor:
-        """At most ten batches of the images [..., N, C, H, W] that were trained on, in a drawn order: [..., S, B, C, H, W]."""
-        if not self.learner.buffers_size:
-            return x[..., :0, :, :, :].unsqueeze(-5)
-        n = x.shape[-4]
-        batch = min(batch, n)
-        chosen = draw.permutation(draw.key(self.seed, "statistics"), n)[: min(10, n // batch) * batch]
-        return x.index_select(x.dim() - 4, chosen.to(x.device)).reshape(*x.shape[:-4], -1, batch, *x.shape[-3:])
+        return seen(self.learner, x, batch, draw.key(self.seed, "statistics"))
 
     def _measure(self, train: Train, rates: Sequence[Rate], theta0: Tensor) -> Result:
         tried: dict[Rate, float] = {}

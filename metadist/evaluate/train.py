@@ -10,6 +10,7 @@ Design choices
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -93,7 +94,9 @@ def standard(
     x: Tensor,
     y: Tensor,
     *,
-    epochs: int,
+    epochs: int = 0,
+    steps: int = 0,
+    until: int = 0,
     optimizer: Optimizer,
     lr: float,
     momentum: float = 0.9,
@@ -108,11 +111,10 @@ def standard(
 ) -> Tensor:
     """Weights [n, P] after ordinary shuffled minibatch training of n networks, each with a shuffling of its own.
 
-    theta0: [n, P].
-    x: [N, C, H, W]; y: int64 [N] or float [N, K].
-    epochs: passes; a last batch that is not full is used as it is.
-    lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss.
-    batch: images a step, at most N.
+    theta0: [n, P]. x: [N, C, H, W]; y: int64 [N] or float [N, K].
+    epochs: passes; a last batch that is not full is used as it is. steps: their number, in place of epochs.
+    until: leave after so many steps, the schedule being that of all; 0: after all.
+    lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss; batch: images a step, at most N.
     keys: int64 [n, 2], one a network, for shuffling and augmentation.
     augment: of every batch anew: none | crop | flip | crop_flip | dsa:<strategy> (each network's step draws an operation, each
         image what is done by it).
@@ -126,15 +128,15 @@ def standard(
         raise unknown("schedule", schedule, SCHEDULES)
     run = inner if inner is not None else ordinary(learner, optimizer, weight_decay)
     size = len(x) if index is None else index.shape[1]
-    steps = epochs * -(-size // min(batch, size))
+    each = -(-size // min(batch, size))
+    steps = steps or epochs * each
     anew = steps // 2 if schedule == "half_anew" else 0
     rates, momenta = _rates(steps, lr, momentum, schedule, theta0)
-    # Adam's corrections count the steps of one optimizer.
     h = torch.cat([optimizer.schedule(rates[part], momenta[part]) for part in (slice(0, anew), slice(anew, None))])
 
     def train(theta: Tensor, keys: Tensor, *own: Tensor) -> Tensor:
         state = optimizer.init(theta)
-        for t, (key, rows) in enumerate(_order(keys, size, batch, epochs)):
+        for t, (key, rows) in enumerate(itertools.islice(_order(keys, size, batch, -(-steps // each)), until or steps)):
             if t == anew:
                 state = optimizer.init(state[0])
             rows = own[0].gather(1, rows) if own else rows
@@ -168,6 +170,19 @@ def _order(keys: Tensor, size: int, batch: int, epochs: int) -> Iterator[tuple[T
         key = draw.split(keys, epoch)
         for i, rows in enumerate(torch.split(draw.permutation(draw.split(key, 0), size), batch, dim=1)):
             yield draw.split(key, 1 + i), rows
+
+
+def seen(learner: Learner, x: Tensor, batch: int, key: Tensor) -> Tensor:
+    """At most ten batches of the images [..., N, C, H, W] that were trained on, in a drawn order: [..., S, B, C, H, W].
+
+    What ``statistics`` takes; S = 0 without BatchNorm.
+    """
+    if not learner.buffers_size:
+        return x[..., :0, :, :, :].unsqueeze(-5)
+    n = x.shape[-4]
+    batch = min(batch, n)
+    chosen = draw.permutation(key, n)[: min(10, n // batch) * batch]
+    return x.index_select(x.dim() - 4, chosen.to(x.device)).reshape(*x.shape[:-4], -1, batch, *x.shape[-3:])
 
 
 @torch.no_grad()

@@ -80,6 +80,16 @@ def gradients(loss: Loss, theta: Tensor, batch: Batch, shared: bool = True) -> T
     return result
 
 
+def one_by_one(loss: Loss, theta: Tensor, batch: Batch, shared: bool = True) -> Tensor:
+    """``gradients`` by one backward pass a task: the same numbers, not to be differentiated again."""
+    out = []
+    with torch.enable_grad():
+        for number, own in enumerate(theta):
+            own = own.detach().requires_grad_()
+            out.append(torch.autograd.grad(loss(own, batch if shared else tuple(b[number] for b in batch)), own)[0])
+    return torch.stack(out)
+
+
 def _expand(batch: Batch, parts: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     it = iter(parts)
     return tuple(next(it) if b.is_floating_point() else None for b in batch)

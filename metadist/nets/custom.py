@@ -14,19 +14,20 @@ from metadist.errors import UserError
 from metadist.nets.watch import first_line
 
 
-def _resolve(target: str) -> Any:
+def resolve(target: str, key: str = "net.target") -> Any:
+    """What an import path names. key: for errors. Raises UserError where it can't be imported."""
     path, _, name = target.rpartition(".")
     if not path or not name:
-        raise UserError(f"net.target={target} is not an import path: write package.module.Class")
+        raise UserError(f"{key}={target} is not an import path: write package.module.Class")
     # Programs started as files do not see the folder they are started in; a user's module often lies there.
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(path), name)
     except AttributeError as e:
-        raise UserError(f"net.target={target}: module {path} has no {name}") from e
+        raise UserError(f"{key}={target}: module {path} has no {name}") from e
     except Exception as e:  # a user's module may fail in any way while it is imported
-        raise UserError(f"net.target={target} can't be imported: {type(e).__name__}: {first_line(e)}") from e
+        raise UserError(f"{key}={target} can't be imported: {type(e).__name__}: {first_line(e)}") from e
 
 
 def factory(target: str | None, kwargs: dict[str, Any]) -> Callable[[], nn.Module]:
@@ -37,7 +38,7 @@ def factory(target: str | None, kwargs: dict[str, Any]) -> Callable[[], nn.Modul
     """
     if not target:
         raise UserError("net.name=custom needs net.target=package.module.Class, the import path of an nn.Module")
-    make = _resolve(target)
+    make = resolve(target)
     if not callable(make):
         raise UserError(
             f"net.target={target} is a {type(make).__name__}: give an nn.Module class or a function that returns one"

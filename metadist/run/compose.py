@@ -36,7 +36,7 @@ class Schema(Config):
     """What the files of ``configs/`` may hold: a Config, a preset's few-second version, and the program a preset is for."""
 
     smoke_overrides: list[str] = field(default_factory=list)
-    program: str = "local"  # local: a distillation | experts: launch/experts.py alone
+    program: str = "local"  # local: a distillation | experts | search: that launcher alone
 
 
 Place = Callable[[Config], None]

@@ -34,21 +34,24 @@ CIRCUMSTANCE = ("count", "path")
 
 def recipe(config: Config) -> dict[str, Any]:
     """Everything that the weights of an expert depend on, JSON-able. Raises UserError if data.path is no folder."""
-    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("root", "download", "path")}
-    data = for_recipe("data", data)
-    if config.data.path:
-        data["files"] = _content(Path(config.data.path).expanduser())
     experts = {k: v for k, v in dataclasses.asdict(config.experts).items() if k not in CIRCUMSTANCE}
     unread = [k.removeprefix("experts.") for k in flatten(config) if k.startswith("experts.") and unread_by_experts(config, k)]
     made = {
         "maker": VERSION,
-        "data": data,
+        "data": data_recipe(config),
         "net": for_recipe("net", dataclasses.asdict(config.net)),
         "experts": {k: v for k, v in experts.items() if k not in unread},
         "dtype": config.engine.dtype,
         "precision": config.engine.precision,
     }
     return {**made, "smoke": True} if config.smoke else made  # trained on a few images only
+
+
+def data_recipe(config: Config) -> dict[str, Any]:
+    """What the real images depend on, JSON-able. Raises UserError if data.path is no folder."""
+    data = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("root", "download", "path")}
+    data = for_recipe("data", data)
+    return {**data, "files": _content(Path(config.data.path).expanduser())} if config.data.path else data
 
 
 def _content(folder: Path) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -28,17 +27,18 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from metadist.config import Config
-from metadist.errors import RunError, UserError, unknown
+from metadist.errors import UserError, unknown
 from metadist.run import validate_machine
 from metadist.run.compose import compose
+from metadist.run.crew import together, worker
 from metadist.run.environment import cores
 from metadist.run.experts import done, experts_dir, groups, outcome, recipe, work
 from metadist.run.guard import guarded
-from metadist.run.queue import run_workers
-from metadist.run.signals import SIGNALS, Stop, stop_status
+from metadist.run.signals import Stop, stop_status
 from metadist.run.unread import unread_by_experts
 
 SHORT = {"experts": "experts.count", "epochs": "experts.epochs"}
+PROGRAM = "metadist.run.experts_command"  # of a worker
 FLAGS = ("-h", "--help", "--cfg")
 
 
@@ -67,7 +67,7 @@ def start(words: Sequence[str], config: Config) -> int:
     who = f"{count} worker{'s' if count > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}"
     tasks, c = len(groups(config)), config.experts
     print(f"{c.count} experts x {c.epochs} epochs in {tasks} tasks, {who}; {folder}", flush=True)
-    status, text = _alone(config, folder) if count == 1 else _together(config, folder, threads)
+    status, text = _alone(config, folder) if count == 1 else together(PROGRAM, folder, count, threads)
     if status > 128:
         print(f"stopped by {signal.Signals(status - 128).name} with a checkpoint; run the same command again to go on")
         return status
@@ -83,15 +83,6 @@ def _alone(config: Config, folder: Path) -> tuple[int, str]:
     with Stop() as stop:
         finished = work(config, folder, lambda: stop.requested is not None)
     return (0 if finished else stop_status(stop.requested or "SIGTERM")), ""
-
-
-def _together(config: Config, folder: Path, threads: int) -> tuple[int, str]:
-    paths = os.pathsep.join(p for p in sys.path if p)  # a user's own module is found as it is here
-    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
-    status, text = run_workers([sys.executable, "-m", "metadist.run.experts_command", str(folder)], config.workers, environment)
-    if status == 1 and text.startswith("worker"):  # all of them were killed: nobody has said anything
-        raise RunError(f"{text}; run the same command again to go on")
-    return status, text
 
 
 def open_folder(config: Config) -> Path:
@@ -143,25 +134,14 @@ def _here(config: Config) -> None:
     config.tasks = max(config.tasks, config.workers)  # a run's meta-batch: no bound of ours
 
 
-def worker(folder: Path) -> int:
-    """One worker process of ``start``; its exit status."""
+def _work(folder: Path, stop: Stop) -> bool:
     from metadist.run.folder import config_from_dict
-    from metadist.run.worker import describe
 
-    with Stop() as stop:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # held back by the launcher until now
-        try:
-            os.environ.setdefault("LOCAL_RANK", os.environ.get("METADIST_WORKER", "0"))  # of several GPUs, which
-            config = config_from_dict(json.loads((folder / "config.json").read_text()))
-            finished = work(config, folder, lambda: stop.requested is not None)
-        except Exception as e:
-            status, text = describe(e)
-            print(text, file=sys.stderr, flush=True)
-            return status
-    return 0 if finished else stop_status(stop.requested or "SIGTERM")
+    config = config_from_dict(json.loads((folder / "config.json").read_text()))
+    return work(config, folder, lambda: stop.requested is not None)
 
 
 if __name__ == "__main__":
     from metadist.run.worker import leave
 
-    leave(worker(Path(sys.argv[1])))
+    leave(worker(lambda stop: _work(Path(sys.argv[1]), stop)))

@@ -16,7 +16,7 @@ from io import StringIO
 from typing import Any
 
 from metadist import config as config_module
-from metadist import config_machine, config_train, config_trajectory, identity
+from metadist import config_machine, config_search, config_train, config_trajectory, identity
 from metadist.run.compose import compose
 from metadist.run.overrides import config_dir, groups
 
@@ -77,7 +77,7 @@ def _presets() -> Iterator[str]:
 def _keys() -> Iterator[str]:
     """One line a key: sections first in the order of Config, then the keys of the top level."""
     classes, meanings = dict[str, ast.ClassDef](), dict[str, str]()
-    for module in (config_machine, config_train, config_trajectory, config_module):
+    for module in (config_machine, config_search, config_train, config_trajectory, config_module):
         source = inspect.getsource(module)
         tokens = tokenize.generate_tokens(StringIO(source).readline)
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}

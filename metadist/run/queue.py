@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from metadist.errors import RunError
 from metadist.run.signals import SIGNALS, Stop, stop_status
@@ -163,7 +164,7 @@ def _abandoned(path: Path) -> bool:
 class _Worker:
     """A worker process, and what it says on stderr."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], out: IO[str] | None) -> None:
         # Signals wait until the worker is ready for them.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -172,6 +173,7 @@ class _Worker:
                 command,
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
+                stdout=out,
                 stderr=self.said,
                 start_new_session=True,  # a Ctrl-C of the terminal reaches it once, through us
                 preexec_fn=end_with_parent,
@@ -187,11 +189,13 @@ class _Worker:
             return self.said.read()[-8192:].decode(errors="replace").strip()
 
 
-def run_workers(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+def run_workers(
+    command: Sequence[str], count: int, environment: Mapping[str, str] | None = None, out: IO[str] | None = None
+) -> tuple[int, str]:
     """Run ``count`` processes of ``command`` until all have ended; (exit status, what to say about it).
 
     command: each unblocks metadist.run.signals.SIGNALS when it is ready for them, and ends with 0 or ``stop_status``.
-    environment: beside this process's own; METADIST_WORKER (0, 1, ...) is added.
+    environment: beside this process's own; METADIST_WORKER (0, 1, ...) is added. out: where they print; None: as this one.
     Signals are passed on to all; when this process dies they get SIGTERM.
     Status: 128 + number: stopped by that signal. That of a worker that failed, with its words. 1: all were killed.
     Else 0, with a line if some were killed.
@@ -210,7 +214,7 @@ def run_workers(command: Sequence[str], count: int, environment: Mapping[str, st
     with Stop(on_request=forward, on_abort=kill) as stop:
         try:
             for number in range(count):
-                workers.append(_Worker(command, {**(environment or {}), "METADIST_WORKER": str(number)}))
+                workers.append(_Worker(command, {**(environment or {}), "METADIST_WORKER": str(number)}, out))
             if stop.requested:  # it came while they were being started
                 forward(signal.Signals[stop.requested])
             failed = _wait(workers, forward)

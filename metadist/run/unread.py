@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metadist.config import Config
+from metadist.config_search import TRAINED
 from metadist.identity import SERVER, flatten
 
 
@@ -87,6 +88,7 @@ def unread(config: Config, slurm: bool = False) -> dict[str, str]:
             method.gradient == "trajectory",
             [k for k in flatten(config) if k.startswith("experts.")],
         ),
+        "launch/search.py": (False, _under(config, "search")),
         **_of_experts(config),
         **_of_trajectories(config),
     }
@@ -133,9 +135,43 @@ def unread_by_experts(config: Config, key: str) -> str | None:
     return next((what for what, (read, keys) in _of_experts(config).items() if not read and key in keys), None)
 
 
+def _of_search(config: Config) -> dict[str, tuple[bool, list[str]]]:
+    """What an architecture search reads or not, by its own words."""
+    c, trained = config.search, config.search.truth in ("train", "none")
+    cheap = set(TRAINED) & set(c.proxy)
+    return {
+        "space=convnets and space=cells": (c.space in ("convnets", "cells"), ["search.width"]),
+        "space=cells": (c.space == "cells", ["search.cells"]),
+        "a proxy that trains": (bool(cheap), ["search.steps", "search.proxy_seeds"]),
+        "proxy=distilled": ("distilled" in cheap, ["search.set_lr"]),
+        "proxy=random_real and proxy=coreset": (bool({"random_real", "coreset"} & cheap), ["search.draws"]),
+        "proxy=coreset": ("coreset" in cheap, ["search.coreset"]),
+        "truth=train and truth=none": (trained, ["search.seeds"]),
+        "training on real images": (
+            trained or bool(cheap - {"distilled"}),
+            [f"search.{k}" for k in ("epochs", "lr", "batch")],
+        ),
+    }
+
+
+def unread_by_search(config: Config, key: str) -> str | None:
+    """Why launch/search.py would not read ``key``; None if it does."""
+    section = key.partition(".")[0]
+    if section == "cluster":
+        return "cluster=slurm"
+    if section not in SEARCH and key not in SEARCH:
+        return "launch/local.py"
+    return next((what for what, (read, keys) in _of_search(config).items() if not read and key in keys), None)
+
+
 INTERFACE = ("exchange.interface",)  # on one machine the workers meet on loopback
 EXPERTS = (
     "data", "net", "experts", "preset", "engine.dtype", "engine.precision", "engine.compile", "run.checkpoint_s", "workers",
     "device", "threads", "cache_dir", "smoke",
 )  # fmt: skip
 """Sections and keys that launch/experts.py reads."""
+SEARCH = (
+    "data", "search", "preset", "engine.dtype", "engine.precision", "engine.compile", "workers", "device", "threads",
+    "cache_dir", "run_dir", "smoke",
+)  # fmt: skip
+"""Sections and keys that launch/search.py reads."""

@@ -15,7 +15,7 @@ from typing import Any
 from metadist.config import Config
 from metadist.errors import UserError, unknown
 from metadist.identity import flatten
-from metadist.run import validate_class, validate_machine, validate_method, validate_train
+from metadist.run import validate_class, validate_machine, validate_method, validate_search, validate_train
 
 _TRAJECTORY = {"synthetic": "images", "gradient": "trajectory", "init": "expert", "objective": "real"}
 METHODS: dict[str, dict[str, str]] = {
@@ -87,6 +87,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "cluster.name": ("slurm", "local", "print"),
     "experts.sharpness": ("none", "sam", "gsam"),
+    **validate_search.CHOICES,
 }
 
 AT_LEAST_1 = (
@@ -101,7 +102,7 @@ AT_LEAST_1 = (
     "implicit.steps", "implicit.restart", "implicit.terms", "train.networks",
     "trajectory.epochs", "trajectory.max_start", "trajectory.replay", "teacher.epochs", "teacher.batch",
     "experts.count", "experts.epochs", "experts.batch", "experts.group",
-    "matching.outer", "matching.inner", "matching.batch",
+    "matching.outer", "matching.inner", "matching.batch", *validate_search.AT_LEAST_1,
 )  # fmt: skip
 AT_LEAST_0 = (
     "seed", "threads", "method.attack", "method.target", "inner.loss_every", "inner.window", "meta.decay_every", "meta.warmup",
@@ -113,16 +114,17 @@ AT_LEAST_0 = (
     "teacher.net.depth", "teacher.weight_decay",
     "implicit.batches", "implicit.damping", "implicit.l2", "exchange.deadline_s", "exchange.item", "exchange.queue",
     "train.weight_decay", "train.max_square", "kd.until", "kd.variants",
-    "experts.images", "experts.weight_decay", "experts.gsam_alpha", "experts.seed",
+    "experts.images", "experts.weight_decay", "experts.gsam_alpha", "experts.seed", *validate_search.AT_LEAST_0,
 )  # fmt: skip
 POSITIVE = (
     "pretrained.lr", "inner.lr", "inner.eps", "meta.lr", "meta.lr_rate", "meta.lr_labels", "meta.eps", "meta.explode",
     "engine.memory_gb", "exchange.timeout_s", "exchange.patience", "exchange.heartbeat_s",
     "implicit.step", "kd.T", "kd.scale", "teacher.lr", "experts.lr", "experts.rho", "matching.lr",
+    "search.lr",
 )  # fmt: skip
 BELOW_1 = (
     "inner.momentum", "inner.beta2", "meta.beta1", "meta.beta2", "meta.ema", "experts.momentum", "teacher.momentum",
-    "net.dropout", "net.input_dropout", "teacher.net.dropout", "teacher.net.input_dropout",
+    "search.momentum", "net.dropout", "net.input_dropout", "teacher.net.dropout", "teacher.net.input_dropout",
 )  # fmt: skip
 INSIDE_1 = ("pretrained.held_out", "data.validation", "labels.confidence")
 RANGES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
@@ -186,7 +188,7 @@ def _ranges(leaves: dict[str, Any]) -> None:
         for allowed, (keys, fits) in RANGES.items():
             if key in keys and value is not None and not fits(value):
                 raise UserError(f"{key}={value} is out of range; allowed: {allowed}")
-    for key in ("seed", "experts.seed"):
+    for key in ("seed", "experts.seed", "search.seed"):
         if leaves[key] >= 2**63:
             raise UserError(f"{key}={leaves[key]} is out of range; allowed: 0 to 2**63 - 1")
     sizes = leaves["lower_bound.set_sizes"]

@@ -228,7 +228,8 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in SETS.glob("*.safetensors")))
 
 
-def _find(given: str) -> Path:
+def find(given: str) -> Path:
+    """The file that ``load`` reads. Raises UserError for an unknown name."""
     path = Path(given).expanduser()
     if (path / FILE).is_file():
         return path / FILE
@@ -247,7 +248,7 @@ def load(path_or_name: Path | str) -> DistilledSet:
     Images come back in float32, all tensors on the CPU.
     Raises UserError for an unknown name (listing them) or a file that holds something else, store.Torn for a damaged one.
     """
-    path = _find(str(path_or_name))
+    path = find(str(path_or_name))
     tensors, head = store.load_tensors(path)
     if head.get("kind") != _KIND:
         raise UserError(f"{path} is not a distilled set; give a file such as <run folder>/{FILE}")

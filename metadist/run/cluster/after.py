@@ -112,7 +112,8 @@ def _decide(run_dir: Path, slot: Slot, end: dict[str, Any]) -> tuple[bool, str]:
 
 def limits(run_dir: Path) -> ClusterConfig:
     """The cluster's settings as the run has them."""
-    return ClusterConfig(**read(run_dir / "config.json")["cluster"])
+    found = read(run_dir / "config.json") or read(run_dir / "search.json")["config"]
+    return ClusterConfig(**found["cluster"])
 
 
 def requeue(slot: Slot, batch: Path, status: int, signal_delay_s: int) -> int:

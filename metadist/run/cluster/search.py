@@ -1,0 +1,55 @@
+"""An architecture search on a cluster: an array of jobs, each of which works on the same queue; and its worker.
+
+srun python -u -m metadist.run.cluster.search <folder of the search>
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metadist.run.cluster.array import Job, element, of_node, placed
+from metadist.run.cluster.array import submit as submit_array
+from metadist.run.cluster.record import read
+from metadist.run.signals import Stop
+
+
+def submit(words: Sequence[str]) -> int:
+    """``launch/search.py cluster=slurm``: print or submit the array. Raises UserError."""
+    from metadist.run.compose import compose
+    from metadist.run.search_command import judge, open_folder, opened
+    from metadist.run.search_job import outcome
+
+    config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True))
+    folder, search = opened(config)
+    job = Job(
+        folder,
+        "out",
+        "metadist.run.cluster.search",
+        "search",
+        search.count(),
+        lambda: open_folder(config, folder),
+        lambda: str(outcome(config, folder)["text"]) if search.finished() else None,
+    )
+    return submit_array(words, config, job)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Work on the queue of ``argv[0]``; the exit status, 0 also where a signal ended it."""
+    return element(Path(argv[0]), _work, at_once=True)
+
+
+def _work(folder: Path, stop: Stop) -> str | None:
+    from metadist.run.folder import config_from_dict
+    from metadist.run.search import FILE
+    from metadist.run.search_job import outcome, work
+
+    config = of_node(config_from_dict(read(folder / FILE)["config"]))
+    return str(outcome(config, folder)["text"]) if work(config, folder, patient=False) else None
+
+
+if __name__ == "__main__":
+    from metadist.run.worker import leave
+
+    leave(main(sys.argv[1:]))

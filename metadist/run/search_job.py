@@ -1,0 +1,191 @@
+"""From a configuration to what every candidate is trained and judged with; the work on a search, and its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metadist import data as data_room
+from metadist.config import Config
+from metadist.config_search import FREE
+from metadist.data import Data
+from metadist.errors import UserError
+from metadist.evaluate import fitting
+from metadist.evaluate.plan import Plan
+from metadist.evaluate.recipe import Recipe
+from metadist.metagrad.optimizers import Optimizer
+from metadist.run.cost import duration
+from metadist.run.environment import cores
+from metadist.run.queue import run_queue
+from metadist.run.search import Search, Task
+from metadist.run.setup import DTYPES, device_of, with_precision
+from metadist.search.table import Outcome, Table
+from metadist.search.training import measure
+from metadist.search.ways import Bench, cost
+from metadist.store import atomic_write, clean
+from metadist.synthetic.distilled import DistilledSet, load
+
+_SAY_S = 10.0  # between two lines
+SUMMARY = "summary.json"
+
+
+def prepare(config: Config, folder: Path) -> Bench:
+    """Load the data and the set, and check that they fit each other. Raises UserError."""
+    device, dtype, c = device_of(config), DTYPES[config.engine.dtype], config.search
+    torch.set_num_threads(config.threads or max(1, cores() // config.workers))
+    data = data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
+    recipe, dset = None, None
+    if c.set is not None:
+        dset = load(c.set)
+        data = _fitted(config, dset, data)
+        recipe = Recipe.of(dset, dtype, device)
+    clean(folder)
+    optimizer = Optimizer("momentum" if c.momentum else "sgd")
+    plan = Plan(c.epochs, optimizer, c.momentum, c.weight_decay, c.batch, config.data.augment, c.schedule, (c.lr,))
+    lower = functools.partial(with_precision, precision=config.engine.precision, device=device)
+    steps = c.steps or (len(recipe.order) if recipe is not None else 1)
+    compile = config.engine.compile == "on"  # every architecture is compiled anew: that pays for few
+    bench = Bench(data, recipe, plan, steps, c.set_lr, c.coreset, c.halving, c.seed, c.init, lower, compile)
+    for way in c.proxy:
+        if way not in FREE:
+            cost(bench, way)  # draws the subsets: what can't be drawn is a mistake to be told before any work
+    return bench
+
+
+def _fitted(config: Config, dset: DistilledSet, data: Data) -> Data:
+    fitting.check(dset, data)
+    fixed = dset.theta0 is not None or "theta0_recipe" in dset.manifest
+    if fixed and "distilled" in config.search.proxy and not config.search.set_lr:
+        net = dset.manifest.get("net", {}).get("name", "net")
+        raise UserError(f"set={config.search.set} was made for one initialization of {net}: other networks learn nothing by "
+                        "its recorded steps; give a set for any initialization, or set_lr=<rate>")  # fmt: skip
+    return fitting.aligned(data, dset.normalization)
+
+
+def work(config: Config, folder: Path, patient: bool = True) -> bool:
+    """Work on what is missing beside all others who do; True once everything is done. Raises UserError and RunError.
+
+    patient: stay while others work. Before its last phase every worker is: what comes next is for all.
+    """
+    search = Search(config, folder)
+    if search.finished():
+        return True
+    bench = prepare(config, folder)
+    say = _Progress(config, search, bench)
+    last = False
+    for phase in search.phases():
+        tasks = {t.name: t for way, indices in phase.items() for t in search.tasks(way, indices)}
+        last = (config.search.truth != "none" and not config.search.halving) or "retrained" in phase
+        done = run_queue(
+            list(tasks),
+            lambda name, tasks=tasks: _do(search, bench, tasks[name], say),  # type: ignore[misc]
+            lambda name, tasks=tasks: not search.missing(tasks[name]),  # type: ignore[misc]
+            folder / "queue",
+            patient=patient or not last,
+        )
+        if not done:
+            return False
+    return True
+
+
+def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None]) -> None:
+    wanted = search.missing(task)
+    for index, found in measure(bench, search.space, task.way, task.repeat, task.indices, wanted):
+        search.results.put(task.way, task.repeat, index, search.key(index), found)
+        say(task.way)
+
+
+class _Progress:
+    """A line every ten seconds: how many are done, about how long it still takes."""
+
+    def __init__(self, config: Config, search: Search, bench: Bench) -> None:
+        self.workers, self.search, self.bench = config.workers, search, bench
+        self.said = time.monotonic()
+
+    def __call__(self, way: str) -> None:
+        """One more is done."""
+        if time.monotonic() - self.said < _SAY_S:
+            return
+        self.said = time.monotonic()
+        done, total, seen, left, seconds = 0, 0, 0, 0, 0.0
+        for name, repeat, index in self._all(way):
+            total += 1
+            images = 0 if name in FREE else cost(self.bench, name)
+            if self.search.results.has(name, repeat, index):
+                found = self.search.results.of(name, repeat, index)
+                done, seen, seconds = done + 1, seen + found.images, seconds + found.seconds
+            else:
+                left += images
+        ahead = f", about {duration(seconds / seen * left / self.workers)} left" if seen else ""
+        print(f"{way}: {done} of {total} trainings done{ahead}", flush=True)
+
+    def _all(self, way: str) -> list[tuple[str, int, int]]:
+        """Every (way, seed, candidate) of the phases up to that of ``way``."""
+        found: list[tuple[str, int, int]] = []
+        for phase in self.search.phases():
+            found += [(w, r, i) for w, indices in phase.items() for r in range(self.search.repeats(w)) for i in indices]
+            if way in phase:
+                break
+        return found
+
+
+def outcome(config: Config, folder: Path) -> dict[str, Any]:
+    """The report of a finished search: made and kept, or found as it was made for the same candidates, seeds and proxies."""
+    search = Search(config, folder)
+    asked = dataclasses.asdict(config.search)
+    path = folder / SUMMARY
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        if found.get("search") == asked:
+            return found
+    from metadist.search import picture, report
+
+    made = report.make(table(config, search))
+    text = report.text(made)
+    atomic_write(folder / "report.json", (json.dumps(made, indent=1) + "\n").encode())
+    atomic_write(folder / "table.txt", (text + "\n").encode())
+    picture.save(folder / "report.png", made)
+    record = {"finished": True, "search": asked, "text": text, "report": made}
+    atomic_write(path, (json.dumps(record, indent=1) + "\n").encode())
+    return record
+
+
+def table(config: Config, search: Search) -> Table:
+    """All that was found."""
+    c = config.search
+    ways = {
+        way: {search.key(i): search.results.outcome(way, i, search.repeats(way)) for i in indices}
+        for way, indices in search.ways.items()
+    }
+    truth = ways.pop("truth", {})
+    if search.known is not None:
+        own = [search.key(i) for i in search.candidates]
+        truth = {key: Outcome(search.known[key], None, 0.0, 0) for key in own}
+    keys = tuple(search.key(i) for i in search.candidates)
+    seconds, where = _set_cost(c.set)
+    return Table(c.space, config.data.name, keys, truth, ways, seconds, where, c.best, _settings(config))
+
+
+def _set_cost(given: str | None) -> tuple[float | None, str | None]:
+    """Seconds that making the set took, and where, as its run's summary says; None where there is no run folder."""
+    path = Path(given or "").expanduser() / "summary.json"
+    try:
+        found = json.loads(path.read_text()) if given else {}
+        return 60 * float(found["minutes"]), f"by {given}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What the report shows of how candidates were trained."""
+    c = config.search
+    names = ("set", "seeds", "proxy_seeds", "epochs", "lr", "momentum", "weight_decay", "batch", "schedule", "steps", "set_lr")
+    shown = {name: getattr(c, name) for name in (*names, "truth")} | {"augment": config.data.augment}
+    return {k: v for k, v in shown.items() if v is not None}

@@ -1,0 +1,59 @@
+"""What is known of each candidate: one file a way, seed and candidate, whole or not there.
+
+results/<way>/<seed>/<number of the candidate in the space>.json    {"score", "failed", "seconds", "images"}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metadist.errors import RunError
+from metadist.search.table import Outcome
+from metadist.store import atomic_write
+
+if TYPE_CHECKING:
+    from metadist.search.training import Measured
+
+
+class Results:
+    """The files below a folder, each read once."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads nothing yet."""
+        self.folder = folder
+        self._read: dict[Path, Outcome] = {}
+
+    def _path(self, way: str, repeat: int, index: int) -> Path:
+        return self.folder / way / str(repeat) / f"{index:05d}.json"
+
+    def has(self, way: str, repeat: int, index: int) -> bool:
+        """Whether it is known."""
+        path = self._path(way, repeat, index)
+        return path in self._read or path.exists()
+
+    def put(self, way: str, repeat: int, index: int, key: str, found: Measured) -> None:
+        """Keep one. Raises RunError if the disk refuses."""
+        record = {"architecture": key, **dataclasses.asdict(found)}
+        atomic_write(self._path(way, repeat, index), (json.dumps(record) + "\n").encode())
+
+    def of(self, way: str, repeat: int, index: int) -> Outcome:
+        """What came of one seed. Raises RunError for a file that can't be read."""
+        path = self._path(way, repeat, index)
+        if path not in self._read:
+            try:
+                found = json.loads(path.read_text())
+                scores = () if found["score"] is None else (float(found["score"]),)
+                self._read[path] = Outcome(scores, found["failed"], float(found["seconds"]), int(found["images"]))
+            except (OSError, ValueError, KeyError, TypeError) as e:
+                raise RunError(f"{path} can't be read ({type(e).__name__}); remove it and run the same command again") from None
+        return self._read[path]
+
+    def outcome(self, way: str, index: int, repeats: int) -> Outcome:
+        """All seeds of a way together: a candidate that failed by one of them has failed."""
+        found = [self.of(way, repeat, index) for repeat in range(repeats)]
+        failed = next((o.failed for o in found if o.failed is not None), None)
+        scores = () if failed else tuple(s for o in found for s in o.scores)
+        return Outcome(scores, failed, sum(o.seconds for o in found), sum(o.images for o in found))
