@@ -52,8 +52,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-# Those of launch/experts.py make no distilled set: tests/test_experts.py runs them.
-@pytest.mark.parametrize("preset", [marked(p) for p in groups()["preset"] if "_experts" not in p])
+# Those of other launchers make no distilled set: tests/test_experts.py and test_search_presets.py run them.
+@pytest.mark.parametrize("preset", [marked(p) for p in groups()["preset"] if "_experts" not in p and not p.endswith("_search")])
 def test_smoke(preset: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     machine = ["threads=1", "device=cpu", "engine.compile=off", f"data.root={REAL or 'data'}", f"cache_dir={cache}"]
