@@ -3,9 +3,9 @@
 Design choices
 - Each is ``metadist.nets.convnet``'s ordinary module.
 - Activation, and whether the maximum or the mean is pooled, change no parameter's shape: such candidates are one ``Switched``
-  module, whose layers are chosen by a parameter, ``choice``: by which of its numbers are zero. torch.where passes it no gradient
-  and weight decay leaves a zero at zero. A one it shrinks, and with much momentum swings to the other sign, so signs would not
-  do; but nothing takes it onto zero. So vmap trains all of them as one tensor of weights.
+  module, whose layers are chosen by a parameter, ``choice``: by which of its numbers are zero. torch.where passes it no
+  gradient, and weight decay leaves a zero at zero. A one it shrinks, and with much momentum swings to the other sign, so signs
+  would not do; but nothing takes it onto zero. So vmap trains all of them as one tensor of weights.
 """
 
 from __future__ import annotations

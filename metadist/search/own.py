@@ -30,7 +30,7 @@ def own(target: str, names: Sequence[str]) -> Space:
         made = make()
         missing = [name for name in _WANTED if not callable(getattr(made, name, None))]
         keys = [] if missing else [made.key(i) for i in range(len(made))]
-        if not isinstance(getattr(made, "name", None), str):
+        if not missing and not isinstance(getattr(made, "name", None), str):
             made.name = target.rpartition(".")[2]
     except Exception as e:  # a user's class may fail in any way
         raise UserError(f"search.space={target} can't be made: {type(e).__name__}: {first_line(e)}") from e
@@ -42,7 +42,7 @@ def own(target: str, names: Sequence[str]) -> Space:
 
 
 def _judge(target: str, keys: Sequence[Any]) -> None:
-    """Raises UserError unless there are keys, all of them texts and no two the same: results are kept and told apart by them."""
+    """Raises UserError unless there are keys, all of them texts and no two the same: results are told apart by them."""
     if not keys:
         raise UserError(f"search.space={target} is empty; a space holds one architecture at least")
     first: dict[Any, int] = {}
@@ -50,4 +50,4 @@ def _judge(target: str, keys: Sequence[Any]) -> None:
         if not isinstance(key, str):
             raise UserError(f"search.space={target}: the key of architecture {i} is a {type(key).__name__}; it must be a text")
         if first.setdefault(key, i) != i:
-            raise UserError(f"search.space={target}: architectures {first[key]} and {i} have one key, {key!r}; give each its own")
+            raise UserError(f"search.space={target}: architectures {first[key]} and {i} are both {key!r}; keys must differ")
