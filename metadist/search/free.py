@@ -51,10 +51,12 @@ def _flops(learner: Learner, x: Tensor) -> float:
 
 
 def _synflow(learner: Learner, x: Tensor, key: Tensor) -> float:
-    plain = Learner(_without_norms(learner.template), learner.kind, None, torch.float64)
+    make = learner.factory
+    factory = None if make is None else lambda: _without_norms(make())
+    plain = Learner(_without_norms(learner.template), learner.kind, factory, torch.float64)
     theta = plain.init(key)[0].abs().requires_grad_()
     (gradient,) = torch.autograd.grad(plain.predict(theta, theta.new_zeros(0), x).sum(), theta)
-    return math.log1p(float((theta * gradient).abs().sum()))
+    return math.log1p(float((theta.detach() * gradient).abs().sum()))
 
 
 def _without_norms(module: nn.Module) -> nn.Module:
