@@ -455,7 +455,6 @@ def test_halving_keeps_the_best_and_trains_them_longer(tmp_path: Path) -> None:
         (["set=mnist-100"], "the set was made for images of 1x28x28, data=digits has 1x8x8"),
         (["set=mnist-10", "data.size=28"], "set=mnist-10 was made for one initialization of lenet"),
         (["space=convnet"], "search.space=convnet is unknown; did you mean convnets?"),
-        (["space=nowhere.Space", "width=0"], "search.space=nowhere.Space"),
         (["candidates=1"], "search.candidates=1 leaves nothing to compare"),
         (["candidates=721"], "candidates=721 is more than the 720 architectures of space=convnets"),
         (["candidates=many"], "search.candidates=many is not a whole number"),
@@ -485,6 +484,13 @@ def test_a_mistake_is_one_line(words: list[str], line: str, tmp_path: Path, caps
     err = capsys.readouterr().err
     assert err.startswith(f"error: {line}") and err.count("\n") == 1, err
     assert not results(tmp_path / "o")
+
+
+def test_a_space_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    for space, line in (("nowhere.Space", "search.space=nowhere.Space"), ("test_search.Nothing", "has no Nothing")):
+        assert main(["data=digits", f"space={space}", "proxy=params"]) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1, err
 
 
 def test_another_search_in_the_folder_is_refused(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -524,6 +530,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, "--cfg"]) == 0 and "candidates: 5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_program_runs_as_a_program(tmp_path: Path) -> None:
     words = ["data=digits", "width=4", "candidates=3", "proxy=params", "smoke=true", "threads=1", "truth=none", "best=1"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
