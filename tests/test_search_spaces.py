@@ -451,6 +451,23 @@ class Tokens:
 class Named(Tokens):
     name = "mine"
 
+class Constant(Tokens):
+    def module(self, index, channels, size, classes):
+        made = super().module(index, channels, size, classes)
+        made.token.requires_grad_(False)
+        return made
+    def shape(self, index):
+        return "one"
+    def choice(self, index):
+        return (0.0,)
+    def shared(self, index, channels, size, classes):
+        made = self.module(index, channels, size, classes)
+        return nn.Sequential(nn.ParameterDict({"choice": nn.Parameter(torch.zeros(1))}), made)
+
+class Wrong(Tokens):
+    def module(self, index, channels, size, classes):
+        return 7
+
 class Empty(Tokens):
     def __len__(self):
         return 0
@@ -513,6 +530,19 @@ def test_modules_of_ones_own_keep_their_own_initialization(mine: str) -> None:
     assert not torch.equal(theta[0, :4], theta[1, :4])  # drawn for each network
     assert torch.equal(theta[:, 4:16], torch.full((2, 12), 0.5))
     assert torch.equal(build(space, (0, 0), 1, 2, 3, "kaiming").start(keys)[:, 16:], torch.zeros(2, 3))
+
+
+def test_frozen_weights_of_ones_own_depend_on_the_candidate_alone(mine: str) -> None:
+    """Not on the generator of the process, nor on who is built with it."""
+    space = open_space(f"{mine}.Constant")
+    groups = [build(space, indices, 1, 2, 3) for indices in ((1,), (0, 1), (1, 0))]
+    frozen = [g.own[1].template.token for g in groups]
+    assert torch.equal(frozen[0], frozen[1]) and torch.equal(frozen[0], frozen[2]) and frozen[0].abs().sum() > 0
+
+
+def test_a_space_that_makes_no_module(mine: str) -> None:
+    with pytest.raises(UserError, match=r"^search\.space=Wrong makes a int; its module\(\) must make an nn\.Module$"):
+        free.score("params", open_space(f"{mine}.Wrong"), 0, 1, 2, 3, 0)
 
 
 @pytest.mark.parametrize(

@@ -124,22 +124,25 @@ def build(
 ) -> Group:
     """The group of these candidates, for images [B, channels, size, size]; init: p(theta0), see metadist.nets.
 
-    Raises UserError for images that they can't take, and for candidates of several shapes.
+    Raises UserError for images that they can't take, for candidates of several shapes, and where a space makes no module.
     """
     if len({shape(space, i) for i in indices}) != 1:
         raise UserError(f"candidates {', '.join(space.key(i) for i in indices)} are of several shapes; group them by shape")
 
     def learner(make: Callable[[], nn.Module]) -> Learner:
+        # Layers draw when they are built. What of it stays (a user's frozen parameters) must depend on the candidate alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            module = make()
+        if not isinstance(module, nn.Module):
+            raise UserError(f"search.space={space.name} makes a {type(module).__name__}; its module() must make an nn.Module")
         factory = None if isinstance(space, Convnets | Cells) else make
-        return Learner(make(), init, factory, dtype, device, classes)
+        return Learner(module, init, factory, dtype, device, classes)
 
-    # Layers draw when they are built; nothing of it is kept.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        own = {i: learner(partial(space.module, i, channels, size, classes)) for i in dict.fromkeys(indices)}
-        if len(own) > 1 and isinstance(space, Shared):
-            together = learner(partial(space.shared, indices[0], channels, size, classes))
-            rows = [space.choice(i) for i in indices]
-        else:
-            together, rows = own[indices[0]], [() for _ in indices]
+    own = {i: learner(partial(space.module, i, channels, size, classes)) for i in dict.fromkeys(indices)}
+    if len(own) > 1 and isinstance(space, Shared):
+        together = learner(partial(space.shared, indices[0], channels, size, classes))
+        rows = [space.choice(i) for i in indices]
+    else:
+        together, rows = own[indices[0]], [() for _ in indices]
     return Group(tuple(indices), together, own, torch.tensor(rows, dtype=dtype, device=device).view(len(rows), -1))
