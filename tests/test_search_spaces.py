@@ -498,6 +498,9 @@ def made():
 def broken():
     raise ValueError("no file\\nof mine")
 
+def seven():
+    return 7
+
 number = 7
 """
 
@@ -535,9 +538,21 @@ def test_modules_of_ones_own_keep_their_own_initialization(mine: str) -> None:
 def test_frozen_weights_of_ones_own_depend_on_the_candidate_alone(mine: str) -> None:
     """Not on the generator of the process, nor on who is built with it."""
     space = open_space(f"{mine}.Constant")
-    groups = [build(space, indices, 1, 2, 3) for indices in ((1,), (0, 1), (1, 0))]
+    groups = []
+    for indices in ((1,), (0, 1), (1, 0)):
+        torch.rand(1)
+        groups.append(build(space, indices, 1, 2, 3))
     frozen = [g.own[1].template.token for g in groups]
     assert torch.equal(frozen[0], frozen[1]) and torch.equal(frozen[0], frozen[2]) and frozen[0].abs().sum() > 0
+
+
+def test_synflow_of_a_module_of_ones_own_draws_as_it_does(mine: str) -> None:
+    """Weights of .5 from its own initialization, so that an output adds .5 (1 + |token|) for each pixel, and a bias."""
+    space, key = open_space(f"{mine}.Tokens"), draw.key(7, "search synflow", 0, 1)[None]
+    theta = build(space, (1,), 1, 2, 3, dtype=F64).start(key)[0].abs()
+    token, bias = theta[:4].sum(), theta[16:].sum()
+    total = float(3 * 0.5 * (4 + token) + 3 * 0.5 * token + bias)  # of the weights, the token, the biases
+    assert free.score("synflow", space, 1, 1, 2, 3, 7) == pytest.approx(math.log1p(total), rel=1e-12)
 
 
 def test_a_space_that_makes_no_module(mine: str) -> None:
@@ -562,7 +577,8 @@ def test_a_space_that_makes_no_module(mine: str) -> None:
         ("spaces_of_mine.Empty", r"is empty; a space holds one architecture at least"),
         ("spaces_of_mine.Same", r"architectures 0 and 1 are both 'one'; keys must differ"),
         ("spaces_of_mine.Numbered", r"the key of architecture 0 is a int; it must be a text"),
-        ("spaces_of_mine.Frozen", r"can't be made: FrozenInstanceError: cannot assign to field 'name'"),
+        ("spaces_of_mine.Frozen", r"Frozen has no name and can't be given one; write name = 'mine' in its class"),
+        ("spaces_of_mine.seven", r"makes a int without __len__, key, module"),
     ],
 )
 def test_no_space_of_that_name(mine: str, name: str, message: str) -> None:

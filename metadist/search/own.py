@@ -30,14 +30,19 @@ def own(target: str, names: Sequence[str]) -> Space:
         made = make()
         missing = [name for name in _WANTED if not callable(getattr(made, name, None))]
         keys = [] if missing else [made.key(i) for i in range(len(made))]
-        if not missing and not isinstance(getattr(made, "name", None), str):
-            made.name = target.rpartition(".")[2]
     except Exception as e:  # a user's class may fail in any way
         raise UserError(f"search.space={target} can't be made: {type(e).__name__}: {first_line(e)}") from e
     if missing:
         raise UserError(f"search.space={target} makes a {type(made).__name__} without {', '.join(missing)}; a space has "
                         f"{', '.join(_WANTED)}")  # fmt: skip
     _judge(target, keys)
+    if not isinstance(getattr(made, "name", None), str):
+        try:
+            made.name = target.rpartition(".")[2]
+        except Exception as e:  # a frozen dataclass
+            raise UserError(
+                f"search.space={target} has no name and can't be given one; write name = 'mine' in its class"
+            ) from e
     return cast("Space", made)
 
 
