@@ -5,8 +5,8 @@ Design choices
 - Activation, and whether the maximum or the mean is pooled, change no parameter's shape: such candidates are one ``Switched``
   module, whose layers are chosen by a parameter, ``choice``: by which of its numbers are zero. torch.where passes it no
   gradient, and weight decay leaves a zero at zero. A one it shrinks, and with much momentum swings to the other sign, so signs
-  would not do; but nothing takes it onto zero, save rate x decay of exactly 1 or, in float32, a sum of these over the steps near 88.
-  So vmap trains all of them as one tensor of weights.
+  would not do; but nothing takes it onto zero, save a rate x decay of exactly 1 or, in float32, one of about 90 summed over
+  the steps. So vmap trains all of them as one tensor of weights.
 """
 
 from __future__ import annotations
