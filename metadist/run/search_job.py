@@ -78,7 +78,7 @@ def work(config: Config, folder: Path, patient: bool = True) -> bool:
     if search.finished():
         return True
     bench = prepare(config, folder)
-    say = _Progress(config, search, bench)
+    say = _Progress(config, search)
     last = False
     for phase in search.phases():
         tasks = {t.name: t for way, indices in phase.items() for t in search.tasks(way, indices)}
@@ -103,34 +103,33 @@ def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None]) ->
 
 
 class _Progress:
-    """A line every ten seconds: how many are done, about how long it still takes."""
+    """A line every ten seconds and worker: how many are done, about how long the ways that have begun still take."""
 
-    def __init__(self, config: Config, search: Search, bench: Bench) -> None:
-        self.workers, self.search, self.bench = config.workers, search, bench
+    def __init__(self, config: Config, search: Search) -> None:
+        self.workers, self.search = config.workers, search
         self.said = time.monotonic()
 
     def __call__(self, way: str) -> None:
         """One more is done."""
-        if time.monotonic() - self.said < _SAY_S:
+        if time.monotonic() - self.said < _SAY_S * self.workers:
             return
         self.said = time.monotonic()
-        done, total, seen, left, seconds = 0, 0, 0, 0, 0.0
-        for name, repeat, index in self._all(way):
-            total += 1
-            images = 0 if name in FREE else cost(self.bench, name)
-            if self.search.results.has(name, repeat, index):
-                found = self.search.results.of(name, repeat, index)
-                done, seen, seconds = done + 1, seen + found.images, seconds + found.seconds
-            else:
-                left += images
-        ahead = f", about {duration(seconds / seen * left / self.workers)} left" if seen else ""
-        print(f"{way}: {done} of {total} trainings done{ahead}", flush=True)
+        results, done, total, seconds, after = self.search.results, 0, 0, 0.0, list[str]()
+        for name, every in self._trainings(way).items():
+            known = [results.of(name, repeat, i).seconds for repeat, i in every if results.has(name, repeat, i)]
+            total, done = total + len(every), done + len(known)
+            if known:
+                seconds += sum(known) / len(known) * (len(every) - len(known))
+            else:  # nobody knows yet how long one takes
+                after.append(name)
+        then = f", then {', '.join(after)}" if after else ""
+        print(f"{way}: {done} of {total} done, about {duration(seconds / self.workers)} left{then}", flush=True)
 
-    def _all(self, way: str) -> list[tuple[str, int, int]]:
-        """Every (way, seed, candidate) of the phases up to that of ``way``."""
-        found: list[tuple[str, int, int]] = []
+    def _trainings(self, way: str) -> dict[str, list[tuple[int, int]]]:
+        """Every (seed, candidate) by way, of the phases up to that of ``way``."""
+        found: dict[str, list[tuple[int, int]]] = {}
         for phase in self.search.phases():
-            found += [(w, r, i) for w, indices in phase.items() for r in range(self.search.repeats(w)) for i in indices]
+            found |= {w: [(r, i) for r in range(self.search.repeats(w)) for i in indices] for w, indices in phase.items()}
             if way in phase:
                 break
         return found

@@ -3,8 +3,10 @@
 Design choices
 - Each is ``metadist.nets.convnet``'s ordinary module.
 - Activation, and whether the maximum or the mean is pooled, change no parameter's shape: such candidates are one ``Switched``
-  module, whose layers are chosen by the signs of a parameter, ``choice``. torch.where passes it no gradient, and weight decay
-  shrinks it without ever turning a sign: it is frozen by construction, and vmap trains all of them as one tensor of weights.
+  module, whose layers are chosen by a parameter, ``choice``: by which of its numbers are zero. torch.where passes it no
+  gradient, and weight decay leaves a zero at zero. A one it shrinks, and with much momentum swings to the other sign, so signs
+  would not do; but nothing takes it onto zero, save a rate x decay of exactly 1 or, in float32, one of about 90 summed over
+  the steps. So vmap trains all of them as one tensor of weights.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from metadist.nets.convnet import ACTIVATIONS, GROUPS, NORMS, POOLINGS, convnet
 DEPTHS, WIDER = (1, 2, 3, 4), (1, 2, 4, 8)
 WIDTH = 32  # published: 32, 64, 128, 256
 _SIZES = (len(DEPTHS), len(WIDER), len(NORMS), len(ACTIVATIONS), len(POOLINGS))
-# Signs: sigmoid or not, leaky or not, maximum or mean.
-_ACTIVATION = {"sigmoid": (1.0, -1.0), "leaky": (-1.0, 1.0), "relu": (-1.0, -1.0)}
+# Is it sigmoid, is it leaky (neither: ReLU); then: is the maximum pooled.
+_ACTIVATION = {"sigmoid": (1.0, 0.0), "leaky": (0.0, 1.0), "relu": (0.0, 0.0)}
 
 
 class Convnets:
@@ -70,9 +72,9 @@ class Convnets:
         return Switched(convnet(channels, size, classes, width, depth, norm, "relu", pooling))
 
     def choice(self, index: int) -> tuple[float, ...]:
-        """The signs that make this candidate of the shared module."""
+        """The numbers that make this candidate of the shared module."""
         *_, act, pooling = self.options(index)
-        return (*_ACTIVATION[act], 1.0 if pooling == "max" else -1.0)
+        return (*_ACTIVATION[act], 1.0 if pooling == "max" else 0.0)
 
 
 class Switched(nn.Module):
@@ -84,12 +86,12 @@ class Switched(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         """Begin as ReLU and average."""
         super().__init__()
-        self.choice = nn.Parameter(-torch.ones(3))
+        self.choice = nn.Parameter(torch.zeros(3))
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes]."""
-        sigmoid, leaky, most = self.choice > 0
+        sigmoid, leaky, most = self.choice != 0
         for layer in self.body.children():
             if isinstance(layer, nn.ReLU):
                 x = torch.where(sigmoid, x.sigmoid(), torch.where(leaky, leaky_relu(x, 0.01), x.relu()))

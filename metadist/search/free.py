@@ -51,7 +51,7 @@ def _flops(learner: Learner, x: Tensor) -> float:
 
 
 def _synflow(learner: Learner, x: Tensor, key: Tensor) -> float:
-    plain = Learner(_without_norms(learner.template), learner.kind, None, torch.float64)
+    plain = Learner(_without_norms(learner.template), learner.kind, learner.factory, torch.float64)
     theta = plain.init(key)[0].abs().requires_grad_()
     (gradient,) = torch.autograd.grad(plain.predict(theta, theta.new_zeros(0), x).sum(), theta)
     return math.log1p(float((theta.detach() * gradient).abs().sum()))

@@ -4,13 +4,15 @@ Design choices
 - A space is numbered and named: candidate i is built by its number, and known in files and tables by its key.
 - Candidates whose weights have the same shapes may be one module (``Shared``) that a few frozen numbers in front of the weights
   tell apart. Such a group is trained by one vmap; each of its networks computes what the candidate's own module would.
-- A candidate's initial weights are those of its own module: no group, and no place in it, changes them.
+- A candidate's initial weights are those of its own module: no group, and no place in it, changes them. A user's own module
+  keeps its own distribution with init=default, as it does where it is a net by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -122,21 +124,25 @@ def build(
 ) -> Group:
     """The group of these candidates, for images [B, channels, size, size]; init: p(theta0), see metadist.nets.
 
-    Raises UserError for images that they can't take, and for candidates of several shapes.
+    Raises UserError for images that they can't take, for candidates of several shapes, and where a space makes no module.
     """
     if len({shape(space, i) for i in indices}) != 1:
         raise UserError(f"candidates {', '.join(space.key(i) for i in indices)} are of several shapes; group them by shape")
 
-    def learner(module: nn.Module) -> Learner:
-        return Learner(module, init, None, dtype, device, classes)
+    def learner(make: Callable[[], nn.Module]) -> Learner:
+        # Layers draw when they are built. What of it stays (a user's frozen parameters) must depend on the candidate alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            module = make()
+        if not isinstance(module, nn.Module):
+            raise UserError(f"search.space={space.name} makes a {type(module).__name__}; its module() must make an nn.Module")
+        factory = None if isinstance(space, Convnets | Cells) else make
+        return Learner(module, init, factory, dtype, device, classes)
 
-    # Layers draw when they are built; nothing of it is kept.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        own = {i: learner(space.module(i, channels, size, classes)) for i in dict.fromkeys(indices)}
-        if len(own) > 1 and isinstance(space, Shared):
-            together = learner(space.shared(indices[0], channels, size, classes))
-            rows = [space.choice(i) for i in indices]
-        else:
-            together, rows = own[indices[0]], [() for _ in indices]
+    own = {i: learner(partial(space.module, i, channels, size, classes)) for i in dict.fromkeys(indices)}
+    if len(own) > 1 and isinstance(space, Shared):
+        together = learner(partial(space.shared, indices[0], channels, size, classes))
+        rows = [space.choice(i) for i in indices]
+    else:
+        together, rows = own[indices[0]], [() for _ in indices]
     return Group(tuple(indices), together, own, torch.tensor(rows, dtype=dtype, device=device).view(len(rows), -1))
