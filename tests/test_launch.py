@@ -37,7 +37,8 @@ def program(name: str) -> ModuleType:
 
 
 local_program, runs_program = program("local"), program("runs")
-PRESETS = [p for p in groups()["preset"] if "_experts" not in p]  # those of launch/experts.py: tests/test_experts.py
+# Those of other launchers: tests/test_experts.py, tests/test_search_presets.py.
+PRESETS = [p for p in groups()["preset"] if "_experts" not in p and not p.endswith("_search")]
 
 
 @pytest.fixture
