@@ -40,6 +40,8 @@ def in_small(words: list[str]) -> list[str]:
         words += ["nets=2", "epochs=1", "trials=1", "threads=1"] if "check=gradient" not in words else []
     if words[1].endswith("experts.py"):
         words += ["smoke=true", "threads=1", f"data.root={REAL}"]
+    if words[1].endswith("search.py"):
+        words += ["smoke=true", "threads=1", "set=digits-10"]
     if words[1].endswith("compare.py"):
         words += ["smoke=true", "threads=1", "eval.nets=2", f"data.root={REAL}"]
     return words
