@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_joined(words: list[str], place: Path) -> None:
     """The command for more workers, beside a server that has one: it stays until the run is finished."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place)}
-    serving = ["exchange=server", "workers=1", "steps=1500", "smoke=true", "threads=1", "run_dir=runs/served"]
+    serving = ["exchange=server", "workers=1", "steps=400", "smoke=true", "threads=1", "run_dir=runs/served"]
     run = [sys.executable, str(ROOT / "launch" / "local.py"), *serving]
     log = place / "served.log"
     with log.open("w") as out, subprocess.Popen(run, cwd=place, env=environ, stdout=out) as server:
