@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,9 +91,13 @@ def _lines(axes: Any, plot: Mapping[str, str], rows: Sequence[dict[str, Any]]) -
         x, y, whisker = zip(*mine, strict=True)
         label = f"{plot.get('series_name', '')} {value}".strip()
         axes.errorbar(x, y, whisker, color=colour, marker="o", markersize=4, linewidth=1, capsize=2, label=label)
-    for row, style in zip((row for row in rows if not row["at"]), ("--", ":", "-.", "-"), strict=False):
-        axes.axhline(_error(row)[0], color="#888888", linewidth=1, linestyle=style, label=row["name"])
+    looks = itertools.product(("#888888", "#222222"), ("--", ":", "-.", (0, (6, 1, 1, 1, 1, 1))))
+    for row, (colour, style) in zip((row for row in rows if not row["at"]), itertools.cycle(looks), strict=False):
+        axes.axhline(_error(row)[0], color=colour, linewidth=1, linestyle=style, label=row["name"])
     axes.set(xlabel=plot.get("xlabel", plot["x"]), ylabel="test errors, %", xscale=plot.get("xscale", "linear"))
+    places = sorted({row["at"][plot["x"]] for row in placed})
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
     axes.legend(fontsize=8, frameon=False)
 
 
