@@ -331,7 +331,7 @@ def test_sweep_is_the_product_in_order():
     assert found == list(itertools.product((1, 2), ("dd_fixed_init", "truncated"), (1.0, 2.0)))
     assert points[-1].swept == {"seed": "2", "method": "truncated", "inner.lr": "2"}
     assert {p.config.ipc for p in points} == {1}
-    assert [p.config.data.name for p in expand(["preset=glob(digits*)"])] == ["digits"] * 2
+    assert [p.config.data.name for p in expand(["preset=glob(mnist_d*)"])] == ["mnist"] * 2
     assert len(expand(["seed=3"])) == 1
 
 

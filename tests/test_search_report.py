@@ -327,6 +327,16 @@ def test_the_text_names_every_proxy_and_failure(table: Table) -> None:
     assert "nan" not in text and "None" not in text and max(map(len, lines)) < 150
 
 
+def test_who_fails_alike_shares_a_line(table: Table) -> None:
+    found = table.ways["distilled"] | {k: lost("too small") for k in "bcd"}
+    lines = report.text(without(table, truth={}, ways={"distilled": found})).splitlines()
+    assert lines[lines.index("Failed:") + 1 :] == [
+        "  3 candidates: too small (distilled)",
+        "    b, c, d",
+        "  l: not finite at step 3 (distilled)",
+    ]
+
+
 def test_without_truth_there_is_a_ranking(table: Table) -> None:
     retrained = {"k": done(0.97, 0.99, seconds=40, images=8000), "j": lost("out of memory")}
     r = without(table, truth={}, ways={**table.ways, "retrained": retrained})

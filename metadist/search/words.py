@@ -166,16 +166,21 @@ def _percent(value: float | None) -> str:
 
 
 def _failures(report: Mapping[str, Any]) -> list[str]:
-    """A line a candidate and reason; a way that failed all of them for one reason has one line."""
-    if not report["failures"]:
-        return []
+    """A line a reason: who failed and by which ways; one that felled all candidates by a way names none."""
     counts = Counter((f["reason"], way) for f in report["failures"] for way in f["ways"])
     general = {found for found, times in counts.items() if times == report["count"] > 1}
     lines = [f"  all {report['count']} candidates: {reason} ({way})" for reason, way in counts if (reason, way) in general]
+    alike: dict[tuple[str, str], list[str]] = {}
     for f in report["failures"]:
-        ways = [way for way in f["ways"] if (f["reason"], way) not in general]
-        lines += [f"  {f['key']}: {f['reason']} ({', '.join(ways)})"] if ways else []
-    return ["Failed:", *lines]
+        if ways := [way for way in f["ways"] if (f["reason"], way) not in general]:
+            alike.setdefault((f["reason"], ", ".join(ways)), []).append(f["key"])
+    for (reason, ways), keys in alike.items():
+        if len(keys) == 1:
+            lines.append(f"  {keys[0]}: {reason} ({ways})")
+        else:
+            lines.append(f"  {len(keys)} candidates: {reason} ({ways})")
+            lines += textwrap.wrap(", ".join(keys), WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return ["Failed:", *lines] if lines else []
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int = 1, header: bool = True, last_left: bool = False) -> list[str]:
