@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from compare_cases import CHAIN
 from PIL import Image
 
+from metadist.evaluate import statistics
 from metadist.run import command, compare, compare_networks, compare_set
 from metadist.run.guard import guarded
 from metadist.run.sweep import Job
@@ -65,6 +67,12 @@ WRONG = {
     "preset=mtt_kd seed=3": "seed is set by the comparison: it runs with seeds 0, 1, 2; leave it out",
     "preset=gtn_curricula smoke=yes": "smoke=yes is unknown",
     "preset=gtn_curricula budget_min=nan": "budget_min=nan is no number of minutes",
+    "preset=takd net.depth=4": "net.depth differs between the runs of takd",
+    "preset=hinton +data.fraction=0.1": "data.fraction differs between the runs of hinton",
+    "preset=hinton paths=[[3,2]]": "paths is for comparisons of chains; hinton has none",
+    "preset=takd paths=[[4],[2]]": "paths=[[4],[2]] is no list of chains",
+    "preset=takd paths=[": "paths=[ is no list of chains",
+    "preset=takd paths=[[8,2]]": "takd, 10-2 with the steps of 10-6-4-2: @10 is no run above it",
     "preset=gtn_two": "preset=gtn_two is unknown (did you mean gtn_",
     "preset=gtn_curricula meta.lr=-1": "gtn_curricula, full: meta.lr=-1.0 is out of range",
     "preset=gtn_curricula budget_min=long": "budget_min=long is no number of minutes",
@@ -95,6 +103,7 @@ def test_of_several_words_for_a_key_the_last_counts() -> None:
     assert compare.last("a=1", "b=2", "a=3") == ("a=3", "b=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in compare.comparisons() if compare_set.is_networks(n)])
 def test_every_comparison_of_networks_can_be_run(name: str) -> None:
     found, place, _ = compare_set.read([f"preset={name}", "smoke=true"])
@@ -105,6 +114,48 @@ def test_every_comparison_of_networks_can_be_run(name: str) -> None:
     for row in found.rows:
         assert bool(row.needs) == any("kd.teachers=[" in w or ("data.path=" in w and "mnist-100" not in w) for w in row.words)
         assert all(any(str(compare.folder(place, need)) in word for word in row.words) for need in row.needs)
+
+
+def test_chains_are_given_by_a_list_and_words_for_all_are_told_from_what_is_compared() -> None:
+    found, place, _ = compare_set.read(["preset=takd", "paths=[[10,8,2],[10,2]]", "net.width=4", "data.root=/a/me@site"])
+    rows = {row.name: row for row in found.rows}
+    assert [name for name in rows if name.startswith("10-") and "with" not in name] == ["10-8", "10-8-2", "10-2"]
+    assert rows["10-8-2"].needs == ("10-8",) and rows["10-8-2"].config.kd.teachers == [str(place / "10-8")]
+    assert {row.config.net.width for row in found.rows} == {4} and rows["10"].config.data.root == "/a/me@site"
+
+
+def test_the_part_recovered_is_known_as_well_as_the_gap() -> None:
+    alone, student, teacher = [170.0, 180.0, 175.0], [120.0, 130.0, 110.0], [100.0]
+    found = statistics.recovered(alone, student, teacher)
+    assert found is not None and found.mean == pytest.approx(55 / 75)
+    d = torch.tensor(alone, dtype=torch.float64) * (1 - 55 / 75) - torch.tensor(student, dtype=torch.float64)
+    half = 4.302653 * float(d.std()) / 3**0.5 / 75  # of Student's t for two degrees of freedom
+    assert found.ci95 == pytest.approx(half, rel=1e-6)
+    drawn = statistics.recovered(alone, student, [90.0, 110.0])
+    assert drawn is not None and drawn.mean == found.mean
+    more = 4.302653 * 55 / 75 * (200 / 2) ** 0.5 / 75  # the teacher's: variance 200, two of them
+    assert drawn.ci95 == pytest.approx((half**2 + more**2) ** 0.5, rel=1e-6)
+    assert statistics.recovered(alone, student, [200.0]) is None
+    single = statistics.recovered([10.0], [7.0], [4.0])
+    assert single is not None and (single.mean, single.ci95) == (0.5, None)
+
+
+def test_the_interval_of_the_part_recovered_covers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hit = 0
+    for _ in range(1000):
+        alone, student = (torch.randn(5, generator=generator, dtype=torch.float64) * 7 + m for m in (175, 120))
+        found = statistics.recovered(alone.tolist(), student.tolist(), [99.0])
+        assert found is not None and found.ci95 is not None
+        hit += abs(found.mean - 55 / 76) <= found.ci95
+    assert 0.93 < hit / 1000 < 0.97
+
+
+def test_gaps_of_a_single_network_are_left_out() -> None:
+    found = compare_set.Set("x", "x", (), {}, {"b": ["a", "a together"], "c": ["a", "b"]}, {})
+    rows = [{"name": n, "errors": [e], "together": None} for n, e in (("a", 10), ("b", 4), ("c", 7))]
+    gaps = compare_networks.recovered(found, rows)
+    assert list(gaps) == ["c"] and gaps["c"]["mean"] == 0.5 and gaps["c"]["of"] == ["a", "b"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ command resumes it: finished runs are not repeated.
 
 submits it: an array of all runs that wait for none, one of those that wait for these, and so on (metadist.run.cluster.waves).
 
-keys: preset (required), out (default runs/<preset>), smoke, json=true; any other key goes to every run.
+keys: preset (required), out (default runs/<preset>), smoke, json=true, paths=[[10,6,2],[10,2]] (the chains of a preset that has
+some); any other key goes to every run, unless the runs differ in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.errors import UserError
+from metadist.evaluate import statistics
 from metadist.evaluate.statistics import Summary
 from metadist.identity import is_circumstance
 from metadist.run.compare import Record, folder
@@ -93,10 +95,10 @@ def recovered(c: Set, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any
     errors, out = {row["name"]: row["errors"] for row in rows}, {}
     errors |= {f"{row['name']}{TOGETHER}": [row["together"]] for row in rows if row["together"] is not None}
     for student, (alone, teacher) in c.gaps.items():
-        gap = Summary.of([float(e) for e in errors[alone]]).mean - Summary.of([float(e) for e in errors[teacher]]).mean
-        if gap > 0:
-            pairs = zip(errors[alone], errors[student], strict=True)
-            out[student] = {"of": [alone, teacher], "gap": gap} | Summary.of([(a - s) / gap for a, s in pairs]).as_dict()
+        if {student, alone, teacher} <= errors.keys():  # one network has no `together`
+            found = statistics.recovered(errors[alone], errors[student], errors[teacher])
+            if found is not None:
+                out[student] = {"of": [alone, teacher], **found.as_dict()}
     return out
 
 
@@ -111,11 +113,12 @@ def text(c: Set, rows: Sequence[dict[str, Any]], gaps: Mapping[str, dict[str, An
     """The table for people, and a line for every gap."""
     header = ("run", "test errors (sd, n)", "95 %", "accuracy %", "steps", "minutes", "with its teachers", "paper")
     cells: list[tuple[str, ...]] = []
+    measured = {name for pair in c.gaps.values() for name in pair}
     for row in rows:
         minutes = (f"{row['minutes']:.1f}", f"{row['all_minutes']:.1f}")
         accuracy = f"{100 * row['test']['mean']:.2f}"
         cells.append((row["name"], *_count(row["errors"]), accuracy, str(row["steps"]), *minutes, row["paper"] or "-"))
-        if f"{row['name']}{TOGETHER}" in {name for pair in c.gaps.values() for name in pair}:
+        if row["together"] is not None and f"{row['name']}{TOGETHER}" in measured:
             cells.append(
                 ("  together", *_count([row["together"]]), f"{100 * (1 - row['together'] / row['images']):.2f}", *[""] * 4)
             )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from metadist.config import Config
 from metadist.errors import UserError
@@ -18,7 +20,7 @@ from metadist.run.compose import compose
 from metadist.run.overrides import config_dir
 from metadist.run.sweep import quoted
 
-_OWN = ("preset", "out", "smoke", "json")
+_OWN = ("preset", "out", "smoke", "json", "paths")
 _REFERENCE = re.compile(r"@\{([^}]*)\}|@([\w.-]+)")
 
 
@@ -98,6 +100,37 @@ def _links(chains: Mapping[str, Any]) -> Iterator[tuple[str, list[str], dict[str
             yield name, [*words, size], {"path": path[:end]}
 
 
+def _routes(given: str) -> list[list[int]]:
+    """Paths of a chain from the word paths=[[10,6,2],[10,2]]."""
+    try:
+        found: Any = OmegaConf.to_object(OmegaConf.create(f"paths: {given}"))["paths"]  # type: ignore[index, call-overload]
+    except (YAMLError, OmegaConfBaseException):
+        found = None
+    paths = found if isinstance(found, list) else []
+    whole = all(isinstance(path, list) and len(path) > 1 and all(type(n) is int and n > 0 for n in path) for path in paths)
+    if not paths or not whole:
+        raise UserError(f"paths={given} is no list of chains; give sizes, the teacher first, such as paths=[[10,6,2],[10,2]]")
+    return paths
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def _compared(found: Mapping[str, Any]) -> set[str]:
+    """The keys that runs of a file set differently: a word for all of them would leave the table's names untrue."""
+    runs = [{_key(w): w.partition("=")[2] for w in words} for _, words, _ in _all(found, False)]
+    return {key for run in runs for key in run if len({other.get(key) for other in runs}) > 1}
+
+
+def _words_given(argv: Sequence[str], name: str, found: Mapping[str, Any]) -> list[str]:
+    """Those that go to every run. Raises UserError for what the comparison sets itself."""
+    given = [word for word in argv if word.partition("=")[0] not in _OWN]
+    if clash := next((key for word in given if (key := _key(word)) in _compared(found)), None):
+        raise UserError(f"{clash} differs between the runs of {name}, which are named for it: leave it out")
+    return given
+
+
 def read(argv: Sequence[str], judge: Callable[[Sequence[str]], Config] = compose) -> tuple[Set, Path, bool]:
     """The comparison, where it goes, whether JSON is asked for. judge: words -> Config. UserError for what can't be run."""
     own = {k: v for k, _, v in (word.partition("=") for word in argv) if k in _OWN}
@@ -105,16 +138,20 @@ def read(argv: Sequence[str], judge: Callable[[Sequence[str]], Config] = compose
         raise UserError(f"{set_here} is set by the comparison, for each run; leave it out")
     name = own["preset"]
     found = _file(name)
+    if "paths" in own:
+        if "chains" not in found:
+            raise UserError(f"paths is for comparisons of chains; {name} has none: leave it out")
+        found["chains"] |= {"paths": _routes(own["paths"])}
     smoke, as_json = truth("smoke", own), truth("json", own)
     place = Path(own.get("out") or f"runs/{name}{'-smoke' if smoke else ''}").expanduser().absolute()
-    given = [word for word in argv if word.partition("=")[0] not in _OWN]
+    given = _words_given(argv, name, found)
     rows: list[Row] = []
     for run, mine, at in _all(found, smoke):
-        words = last(*mine, *given)
-        needs = [a or b for word in words for a, b in _REFERENCE.findall(word)]
+        needs = [a or b for word in mine for a, b in _REFERENCE.findall(word)]
         if unknown := [n for n in needs if n not in {r.name for r in rows}]:
             raise UserError(f"{name}, {run}: @{unknown[0]} is no run above it")
-        resolved = tuple(_REFERENCE.sub(lambda m: quoted(str(folder(place, m[1] or m[2]))), word) for word in words)
+        own_words = (_REFERENCE.sub(lambda m: quoted(str(folder(place, m[1] or m[2]))), word) for word in mine)
+        resolved = tuple(last(*own_words, *given))
         try:
             config = judge(resolved)
         except UserError as e:

@@ -172,14 +172,14 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
     lines = [f"  all {report['count']} candidates: {reason} ({way})" for reason, way in counts if (reason, way) in general]
     alike: dict[tuple[str, str], list[str]] = {}
     for f in report["failures"]:
-        if ways := [way for way in f["ways"] if (f["reason"], way) not in general]:
-            alike.setdefault((f["reason"], ", ".join(ways)), []).append(f["key"])
+        if ways := ", ".join(way for way in f["ways"] if (f["reason"], way) not in general):
+            alike.setdefault((f["reason"], ways), []).append(f["key"])
     for (reason, ways), keys in alike.items():
         if len(keys) == 1:
             lines.append(f"  {keys[0]}: {reason} ({ways})")
         else:
-            lines.append(f"  {len(keys)} candidates: {reason} ({ways})")
-            lines += textwrap.wrap(", ".join(keys), WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+            names = textwrap.wrap(", ".join(keys), WIDTH - 4, break_on_hyphens=False)
+            lines += [f"  {len(keys)} candidates: {reason} ({ways})", *(f"    {name}" for name in names)]
     return ["Failed:", *lines] if lines else []
 
 
