@@ -87,6 +87,7 @@ def test_a_mistake_is_one_line_before_any_work(wrong: str, tmp_path: Path, capsy
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_every_comparison_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     for name in compare.comparisons():
         if compare_set.is_networks(name):

@@ -478,7 +478,7 @@ def run(at: Path, *words: str, stopped_at: int | None = None) -> dict[str, Any]:
     return trainer.train(folder.config, folder, Alone() if stopped_at is None else StoppedAt(stopped_at), Stop())
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["gtn", pytest.param("gtn_implicit", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_where_the_uninterrupted_one_does(name: str, tmp_path: Path) -> None:
     """Bit for bit: parameters, optimizer, average, carried weights, counters, both distilled sets."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

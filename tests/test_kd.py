@@ -393,9 +393,10 @@ def test_killed_anywhere_it_ends_where_the_uninterrupted_run_does(nursery: Nurse
     assert one.keys() == other.keys() and [k for k in one if one[k] != other[k]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
-    [["workers=2"], pytest.param(["workers=2", "exchange=server", "exchange.max_staleness=0"], marks=pytest.mark.slow)],
+    [["workers=2"], ["workers=2", "exchange=server", "exchange.max_staleness=0"]],
     ids=["allreduce", "server"],
 )
 def test_two_workers_are_one(more: list[str], nursery: Nursery, teacher: Path, tmp_path: Path) -> None:

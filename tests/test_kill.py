@@ -99,6 +99,7 @@ def kill_and_resume(nursery: Nursery, at: Path, line: list[str], kills: int, see
     return began
 
 
+@pytest.mark.slow
 def test_sigkill_of_one_worker(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
     began = kill_and_resume(nursery, tmp_path, words(tmp_path, *RANDOM), kills=8, seed=1, most_lines=6)
     assert began[0] == 1 and began == sorted(began) and 7 <= began[-1] < 60  # it lost at most what no checkpoint held
@@ -106,6 +107,7 @@ def test_sigkill_of_one_worker(nursery: Nursery, uninterrupted: Any, tmp_path: P
     assert len(list((tmp_path / "run" / "incarnations").iterdir())) == 9
 
 
+@pytest.mark.slow
 def test_sigkill_of_random_windows(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
     more = ["method=truncated", "inner.epochs=3", "inner.window=2", "inner.optimizer=adam", "labels.kind=soft", "steps=30"]
     kill_and_resume(nursery, tmp_path, words(tmp_path, *more), kills=3, seed=2, most_lines=6)
@@ -135,6 +137,7 @@ def test_sigkill_of_launchers_and_ranks(nursery: Nursery, uninterrupted: Any, tm
     same(result(tmp_path / "run"), uninterrupted(*more)[0])
 
 
+@pytest.mark.slow
 def test_sigkill_while_the_result_is_judged_and_written(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
     more = [*RANDOM, "steps=12"]
     line, rng = words(tmp_path, *more), random.Random(4)
@@ -149,7 +152,7 @@ def test_sigkill_while_the_result_is_judged_and_written(nursery: Nursery, uninte
     same(result(tmp_path / "run"), uninterrupted(*more)[0])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_by_signals_and_resumed(nursery: Nursery, uninterrupted: Any, tmp_path: Path, workers: int) -> None:
     """Also a checkpoint cut short between two starts: it is named, and the one before it used."""
     more = [*RANDOM, "steps=24", f"workers={workers}"]
@@ -191,6 +194,7 @@ def test_torn_checkpoints(nursery: Nursery, uninterrupted: Any, tmp_path: Path) 
     same(result(tmp_path / "run"), uninterrupted(*more)[0])
 
 
+@pytest.mark.slow
 def test_roll_back_and_recovery_survive_kills(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
     expected, reference = uninterrupted(*ROLLING)
     back = [tuple(map(int, m)) for m in re.findall(r"rolled back from step (\d+) to (\d+)", reference.out)]
@@ -202,6 +206,7 @@ def test_roll_back_and_recovery_survive_kills(nursery: Nursery, uninterrupted: A
     same(result(tmp_path / "run"), expected)
 
 
+@pytest.mark.slow
 def test_roll_back_does_not_depend_on_where_stops_left_checkpoints(
     nursery: Nursery, uninterrupted: Any, tmp_path: Path
 ) -> None:
@@ -267,7 +272,7 @@ def test_no_anchor_lies_among_bad_steps(tmp_path: Path) -> None:
     assert [step for step, _ in exchange.seen] == [0, 1, 2, 3, 4, 5, 6, 7, *range(3, 12)]
 
 
-@pytest.mark.parametrize("stop_at", [8, 9, 10])
+@pytest.mark.parametrize("stop_at", [pytest.param(8, marks=pytest.mark.slow), 9, pytest.param(10, marks=pytest.mark.slow)])
 def test_the_anchor_survives_a_stop_among_bad_steps(tmp_path: Path, stop_at: int) -> None:
     """Three bad steps after the anchor at 6: a start that begins among them returns there too. The
     checkpoint of step 9 is the newest even when the run was stopped just after it had rolled back."""

@@ -86,7 +86,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, alone: Path) -> Path:
     """All cases, in processes of their own."""
     base: Path = alone.parent / f"workers-{request.param}"
@@ -128,6 +128,7 @@ def test_any_number_of_workers(case: str, alone: Path, together: Path) -> None:
     compare(alone / case, together / case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 2])
 def test_any_group_size(group: int, alone: Path) -> None:
     base, cases = alone.parent / f"group-{group}", ("random-mlp", "truncated", "poison", "batch-norm")

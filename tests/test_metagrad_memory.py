@@ -33,7 +33,7 @@ def peak(kind: str, steps: int) -> tuple[int, int]:
     return live.peak, theta0.nbytes
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "momentum" else []) for k in KINDS])
 def test_memory_grows_by_the_states_alone(kind: str) -> None:
     (ten, weights), (twenty, _), (forty, _) = (peak(kind, steps) for steps in (10, 20, 40))
     limit = 1.25 * (1 + Optimizer(kind).buffers) * weights

@@ -164,6 +164,7 @@ def test_a_window_of_the_whole_training_is_the_unrolled_method(cache: str) -> No
         assert all(torch.equal(one[k], other[k]) for k in one) and float(one["images"].norm()) > 1e-6
 
 
+@pytest.mark.slow
 def test_truncated_learns(tmp_path: Path, cache: str) -> None:
     words = ["method=truncated", "inner.epochs=8", "inner.window=4", "inner.lr=0.03", "inner.learn_lr=false", "meta.lr=0.1"]
     summary, made, setup = run(tmp_path / "run", *words, "steps=80", "eval.every=40", "eval.nets=2", "eval.final_nets=4", cache)
@@ -192,6 +193,7 @@ def adapt(folder: Path, source: str, target: str, cache: str) -> tuple[float, fl
     return float(before.mean()), summary["test"]["mean"], summary["baselines"]["random"]["mean"]
 
 
+@pytest.mark.slow
 @needs_real
 @pytest.mark.parametrize(("source", "target"), [("mnist", "digits"), ("digits", "mnist")])
 def test_adaptation_between_digit_sets(source: str, target: str, tmp_path: Path, cache: str) -> None:
@@ -324,7 +326,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c not in ("sgd", "adam") else []) for c in WHOLE])
 def test_whole_runs_improve(case: str, tmp_path: Path, cache: str) -> None:
     words = [*WHOLE[case].split(), "meta.lr=0.05", "steps=50", "eval.every=25", "eval.nets=2", "eval.final_nets=4", cache]
     summary, made, setup = run(tmp_path / "run", *words)

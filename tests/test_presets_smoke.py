@@ -21,17 +21,13 @@ from metadist.synthetic import network
 ROOT = Path(__file__).resolve().parents[1]
 REAL = os.environ.get("METADIST_DATA")
 EMBEDDED = {"digits"}
-# AlexCifarNet, and whitening of 3,072 pixels an image, take their time on one core.
-HEAVY = {
-    "cifar10_fixed", "cifar10_random", "cifar10_poison", "cifar10_rat_bptt", "cifar10_mtt_1", "cifar10_mtt_10",
-    "cifar10_mtt_50", "cifar10_mtt_kd_resnet50", "cifar10_mtt_small", "cifar10_mtt_kd_small",
-}  # fmt: skip
+QUICK = {"digits", "digits_poison", "mnist_fixed", "mnist_dc", "mnist_student"}
 
 
 def marked(preset: str) -> object:
     config = compose([f"preset={preset}", "smoke=true"])
     needs = {config.data.name} | ({config.pretrained.data} - {None})
-    marks = [pytest.mark.slow] if preset in HEAVY else []
+    marks = [] if preset in QUICK else [pytest.mark.slow]
     if needs - EMBEDDED:
         marks.append(
             pytest.mark.skipif(REAL is None, reason=f"{preset} needs $METADIST_DATA, a folder with torchvision's data sets")

@@ -75,7 +75,13 @@ def assert_joined(words: list[str], place: Path) -> None:
     assert taken == 3
 
 
-@pytest.mark.parametrize("line", programs())
+def marked(line: str) -> object:
+    """A command that trains is slow."""
+    quick = any(word in line for word in ("--help", "slurm.py", "runs.py", "status.py")) and "join=true" not in line
+    return pytest.param(line, marks=[] if quick else [pytest.mark.slow], id=line)
+
+
+@pytest.mark.parametrize("line", map(marked, programs()))
 def test_program(line: str, place: Path) -> None:
     words = in_small(shlex.split(line))
     if "join=true" in words:

@@ -602,6 +602,7 @@ def test_a_second_interrupt_takes_all_along(tmp_path: Path) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     process = launched(tmp_path, "time.sleep(100)")
     ranks = [int((tmp_path / f"born{r}").read_text()) for r in range(2)]

@@ -51,6 +51,7 @@ def start(nursery: Nursery, tmp_path: Path) -> Iterator[Start]:
         yield one
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_applies_every_task_once_and_logs_what_its_workers_do(start: Start, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     done = threading.Event()
@@ -196,6 +197,7 @@ def test_a_worker_that_meets_a_fault_of_its_own_is_named_in_one_line_and_the_oth
     assert applied(tmp_path) == 3 * 60
 
 
+@pytest.mark.slow
 def test_when_all_workers_meet_the_same_fault_the_run_ends_with_it(tmp_path: Path) -> None:
     status, out, said = own_net(tmp_path, *SERVER, "workers=2", "steps=60", licence="1,2")
     assert status == 2 and "step " not in out, (out, said)

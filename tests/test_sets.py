@@ -28,6 +28,7 @@ def test_mnist_10_from_its_own_initialization() -> None:
     assert metadist.evaluate("mnist-10", root=str(REAL), nets=1).mean > 0.938
 
 
+@pytest.mark.slow
 @needs_mnist
 def test_mnist_100_from_fresh_initializations() -> None:
     assert metadist.evaluate("mnist-100", root=str(REAL), nets=5).mean > 0.795

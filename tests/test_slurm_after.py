@@ -172,6 +172,7 @@ def test_a_warning_is_the_time_limit_s_where_nobody_answers(
 # --- the same on this machine -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cluster_local_runs_to_the_end(slurm: Programs) -> None:
     words = ["cluster=local", "wait=true", "smoke=true", "nodes=2", "mem_gb=1", "partition=none", "run_dir=runs/x"]
     environ = {**os.environ, "PATH": f"{slurm.bin}:/usr/bin:/bin", "HOME": str(slurm.place), "OMP_NUM_THREADS": "1"}

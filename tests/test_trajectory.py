@@ -442,7 +442,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return cache
 
 
-@pytest.mark.parametrize("method", [pytest.param(["method=mtt"], marks=pytest.mark.slow), KD], ids=["mtt", "mtt_kd"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["method=mtt"], KD], ids=["mtt", "mtt_kd"])
 def test_two_workers_are_one(method: list[str], cache: str, tmp_path: Path) -> None:
     words = [*TINY, *method, cache, "engine.dtype=float64", "steps=4"]
     alone = RunFolder.open(compose([*words, f"run_dir={tmp_path / 'one'}"]))
@@ -485,6 +486,7 @@ def nursery() -> Iterator[Nursery]:
         yield ours
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(nursery: Nursery, cache: str, tmp_path: Path) -> None:
     words, rng = [*TINY, *KD, cache, "steps=25", "trajectory.grow=20", "labels.kind=soft"], random.Random(3)
     nursery.run([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path)

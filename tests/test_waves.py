@@ -53,6 +53,7 @@ def test_on_a_cluster_a_comparison_is_an_array_a_wave(slurm: Programs, digits: l
     received = [(slurm.place / f"received{n}").read_text() for n in (4711, 4712, 4713)]
     waits = [re.findall("#SBATCH --dependency=(.*)", text) for text in received]
     assert waits == [[], ["afterok:4711"], ["afterok:4712"]]
+    assert ["#SBATCH --kill-on-invalid-dep=yes\n" in text for text in received] == [False, True, True]
     assert ["#SBATCH --array=0-1%2" in received[0], "--cpus-per-task=2" in received[1]] == [True, True]
     out = slurm.place / "out"
     assert record.folder_of(out / "wave-2", {"SLURM_ARRAY_TASK_ID": "1"}) == out / "32-8"

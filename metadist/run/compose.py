@@ -9,6 +9,7 @@ Design choices
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +53,14 @@ class Point:
     config: Config
 
 
+@functools.cache
+def _store_schema() -> None:  # once a process: typing the whole schema is a fifth of a composition
+    ConfigStore.instance().store(name="schema", node=Schema)
+
+
 @contextmanager
 def _hydra() -> Iterator[GlobalHydra]:
-    ConfigStore.instance().store(name="schema", node=Schema)
+    _store_schema()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         yield GlobalHydra.instance()
 

@@ -5,7 +5,8 @@
 
 Design choices
 - A wave is an array of its own (metadist.run.cluster.sweep): all runs whose teachers an earlier wave makes. SLURM keeps the
-  order by `dependency=afterok`; a run that is requeued has not ended, so it does not break it.
+  order by `dependency=afterok`; a run that is requeued has not ended, so it does not break it. One that fails ends the waves
+  behind it (`kill-on-invalid-dep`), which would else wait for ever.
 - Nothing is kept but what the run folders hold: the same command submits again what has not finished, and prints the table when
   all have. A run at work is not submitted twice.
 """
@@ -78,7 +79,7 @@ def _place(place: Path, number: int) -> Path:
 def _executor(place: Path, number: int, rows: Sequence[Row], after: str | None) -> Executor:
     cluster = rows[0].config.cluster
     if after is not None:
-        more = {**cluster.additional_parameters, "dependency": f"afterok:{after}"}
+        more = {**cluster.additional_parameters, "dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"}
         cluster = dataclasses.replace(cluster, additional_parameters=more)
     return Executor(_place(place, number), cluster, len(rows))
 
