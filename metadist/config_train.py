@@ -12,7 +12,7 @@ class TrainConfig:
     networks: int = 1  # trained at once, each from an initialization and in an order of its own
     weight_decay: float = 0.0  # l2 in the loss
     max_square: float = 0.0  # weights into a hidden unit are scaled back to this squared length; 0: never
-    snapshots: list[float] = field(default_factory=list)  # parts of the training after which the networks are kept: [.1,.5]
+    snapshots: list[float] = field(default_factory=list)  # parts of meta.horizon after which the networks are kept: [.1,.5]
 
 
 @dataclass

@@ -604,3 +604,14 @@ def test_own_grey_tensors_without_channel_axis_and_plain_labels() -> None:
 )
 def test_own_dataset_errors_are_one_line(dataset: Dataset[Any], words: tuple[str, ...]) -> None:
     one_line(lambda: from_datasets(dataset, None, DataConfig(), "cpu", F64), *words)
+
+
+def test_a_fraction_of_the_training_images_may_be_nearly_all_but_not_none() -> None:
+    y = torch.arange(40) % 4
+    x = torch.arange(40)[:, None, None, None]
+    assert len(splits.transfer((x, y), [], 0.99, 0)[1]) == 40
+    some = splits.transfer((x, y), [2], 0.5, 0)
+    assert sorted(some[1].tolist()) == [0] * 5 + [1] * 5 + [3] * 5
+    one_line(
+        lambda: splits.transfer((x, y), [], 0.05, 0), "data.fraction=0.05 takes none of the 10 images of class", "give more"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from metadist.nets import build as build_net
 from metadist.nets.dropout import masks
 from metadist.nets.loss import distillation
 from metadist.run import job, origins, trainer, training
+from metadist.run.compare import last as last_of
 from metadist.run.compose import compose
 from metadist.run.folder import RunFolder
 from metadist.run.signals import Stop
@@ -56,7 +58,7 @@ def run(at: Path, *words: str) -> dict[str, Any]:
 
 
 def made(at: Path, *words: str) -> training.TrainingSetup:
-    return training.build(compose([*TINY, *words, f"cache_dir={at / 'cache'}"]))
+    return training.build(compose(last_of(*TINY, *words, f"cache_dir={at / 'cache'}")))
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +303,15 @@ def test_a_class_never_seen_is_recovered(teacher: Path, tmp_path: Path) -> None:
     assert "not honest" in text and "prior" in text and "without class 3" in text
 
 
+def test_precision_lowers_the_loss(tmp_path: Path) -> None:
+    values = {}
+    for precision in ("fp32", "bf16"):
+        setup = made(tmp_path, "method=train", "engine.dtype=float32")
+        setup.config.engine.precision = precision  # on a CPU the command line refuses it
+        values[precision] = float(setup.method.loss(setup.method.parameters(), setup.method.draw(0, torch.arange(2))).sum())
+    assert values["fp32"] != values["bf16"] == pytest.approx(values["fp32"], rel=0.02)
+
+
 def test_dropout_by_counter_and_the_weight_constraint(tmp_path: Path) -> None:
     words = ["method=train", "net.width=64", "net.dropout=.5", "net.input_dropout=.2", "train.max_square=2", "meta.lr=.1"]
     setup = made(tmp_path, *words)
@@ -350,6 +361,14 @@ def test_a_distilled_set_can_be_trained_on(teacher: Path, tmp_path: Path) -> Non
         summary = trainer.train(config, RunFolder.open(config), Alone(), stop)
     assert summary["data"] == "distilled" and len(summary["errors"]) == 1
     assert torch.equal(setup.data.train.x, metadist.load(str(at)).images.to(F64))
+    assert f"teacher {teacher}" in summary["text"] and " (digits)\n" in summary["text"]
+    longer = metadist.load(str(at))
+    dataclasses.replace(longer, images=longer.images + 1e-3).save(at / "distilled.safetensors")
+    folder = RunFolder.attach(tmp_path / "student")
+    with pytest.raises(RunError, match=r"the images of data\.path are not those this run began with"):
+        origins.check(job.build(folder.config).origins, folder)
+    with pytest.raises(UserError, match="holds trained networks, no distilled set"):
+        metadist.load(str(tmp_path / "student"))
     with pytest.raises(UserError, match="more than the 10 training images"):
         training.build(compose([*student, "real_batch=16"]))
 
@@ -437,6 +456,10 @@ WRONG = {
     "method=dd_random_init net.dropout=.5": "net.dropout is not read by this run",
     "method=dd_random_init method.synthetic=network": "method.synthetic=network contradicts method=dd_random_init",
     "method=train data=distilled": "data=distilled needs data.path",
+    "method=train data=distilled data.path=x data.normalize=zca": "data.normalize is for real images",
+    "method=train data=distilled data.path=x data.fraction=.5": "data.fraction is for real images",
+    "method=train train.max_square=2 net.weight_norm=true": "which net.weight_norm=true divides out",
+    "method=train meta.schedule=cosine meta.horizon=100 steps=4 train.snapshots=[.5]": "after steps=4",
 }
 
 
@@ -448,12 +471,22 @@ def test_mistakes_are_named_before_any_work(wrong: str) -> None:
 
 
 def test_mistakes_that_the_data_tell(teacher: Path, tmp_path: Path) -> None:
+    renamed, resized = tmp_path / "renamed.safetensors", tmp_path / "resized.safetensors"
+    known = network.load(teacher)
+    classes = ["nought", *known.classes[1:]]
+    dataclasses.replace(known, manifest={**known.manifest, "classes": classes}).save(renamed)
+    narrow = {**known.manifest["net"], "width": 3}
+    dataclasses.replace(known, manifest={**known.manifest, "net": narrow}).save(resized)
     for words, said in {
         ("method=kd", "kd.teachers=[nowhere]"): "there is no nowhere",
         ("method=kd", f"kd.teachers=[{teacher}]", "data.size=12"): "1x8x8 of 10 classes, its student 1x12x12",
         ("method=kd", f"kd.teachers=[{teacher}]", "kd.pair=true", "train.networks=3"): "has 2 networks, train.networks=3",
         ("method=train", "data.exclude=[11]"): "data.exclude=11 is no class",
         ("method=train", "real_batch=5000"): "more than the",
+        ("method=kd", f"kd.teachers=[{renamed}]"): "knows other classes than its student \\('nought' where that has '0'\\)",
+        ("method=kd", f"kd.teachers=[{resized}]"): "has 2410 weights and 0 statistics, net=mlp of its manifest 235 and 0",
+        ("method=train", "data=distilled", "data.path=digits-10", "data.size=16"): "data.size=16 is not the 8",
+        ("method=train", "data=distilled", "data.path=digits-10", "data.augment=flip"): "a mirrored digit of digits",
     }.items():
         with pytest.raises(UserError, match=said):
             made(tmp_path, *words)

@@ -82,15 +82,27 @@ def hold_out(y: Tensor, fraction: float, key: Tensor, what: str, mend: str) -> t
     what, mend: what set the fraction and what to do about it, for errors.
     Raises UserError if some class would have no image on one of the sides.
     """
-    held = torch.zeros(len(y), dtype=torch.bool)
-    classes, sizes = torch.unique(y, return_counts=True)
-    for c, size, count in zip(classes.tolist(), sizes.tolist(), _apportion(sizes, fraction)):
+    for c, size, count in _counts(y, fraction):
         if not 0 < count < size:
             side = "none would be held out" if count == 0 else "none would be left"
             raise UserError(f"{what}={fraction:g} does not suit class {c} with {size} images: {side}; {mend}")
-        members = (y == c).nonzero()[:, 0]
-        held[members[draw.permutation(draw.split(key, c), size)[:count]]] = True
+    held = _drawn(y, fraction, key)
     return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+
+
+def _counts(y: Tensor, fraction: float) -> list[tuple[int, int, int]]:
+    """Of every class: its number, its images, how many of them a fraction draws."""
+    classes, sizes = torch.unique(y, return_counts=True)
+    return list(zip(classes.tolist(), sizes.tolist(), _apportion(sizes, fraction)))
+
+
+def _drawn(y: Tensor, fraction: float, key: Tensor) -> Tensor:
+    """Which images a fraction draws: bool [N]."""
+    out = torch.zeros(len(y), dtype=torch.bool)
+    for c, size, count in _counts(y, fraction):
+        members = (y == c).nonzero()[:, 0]
+        out[members[draw.permutation(draw.split(key, c), size)[:count]]] = True
+    return out
 
 
 def _apportion(sizes: Tensor, fraction: float) -> list[int]:
@@ -122,9 +134,12 @@ def transfer(images: Images, exclude: Sequence[int], fraction: float, seed: int)
             raise UserError(f"data.exclude={list(exclude)} leaves no class to train on; name fewer")
         x, y = x[kept], y[kept]
     if fraction < 1:
-        what = "data.fraction"
-        rows = hold_out(y, fraction, draw.key(seed, "training fraction"), what, "give more")[1]
-        x, y = x[rows], y[rows]
+        if none := [(c, size) for c, size, count in _counts(y, fraction) if not count]:
+            raise UserError(
+                f"data.fraction={fraction:g} takes none of the {none[0][1]} images of class {none[0][0]}; give more"
+            )
+        chosen = _drawn(y, fraction, draw.key(seed, "training fraction"))
+        x, y = x[chosen], y[chosen]
     return x, y
 
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def accelerate(function: Callable[..., Any], compile: bool, graph: bool) -> Call
         limits.recompile_limit = max(limits.recompile_limit, _SHAPES)
         fast = torch.compile(function, fullgraph=True, dynamic=False)
     return Captured(fast) if graph else fast
+
+
+def lowered(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products inside are of bfloat16 where precision is "bf16"; of other precisions nothing is changed here."""
+    if precision != "bf16":
+        return nullcontext()
+    # No cache of lowered weights: it would outlive a level of torch.func, or the recording of a CUDA graph.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 class Captured:

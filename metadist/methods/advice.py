@@ -92,13 +92,17 @@ def _between(own: Normalization, theirs: Normalization) -> Callable[[Tensor], Te
     return lambda x: theirs.apply(own.invert(x))
 
 
-def check(teacher: Network, name: str, channels: int, size: int, classes: int, networks: int | None) -> None:
+def check(teacher: Network, name: str, channels: int, size: int, classes: Sequence[str], networks: int | None) -> None:
     """Raise UserError unless a teacher sees the same images and classes; networks: what pairing needs."""
     m = teacher.manifest
-    theirs, ours = (m["channels"], m["size"], len(teacher.classes)), (channels, size, classes)
+    theirs, ours = (m["channels"], m["size"], len(teacher.classes)), (channels, size, len(classes))
     if theirs != ours:
         text = ["{0}x{1}x{1} of {2} classes".format(*v) for v in (theirs, ours)]
         raise UserError(f"the teacher {name} sees images of {text[0]}, its student {text[1]}; train one on the student's data")
+    if teacher.classes != tuple(classes):
+        first = next((a, b) for a, b in zip(teacher.classes, classes) if a != b)
+        raise UserError(f"the teacher {name} knows other classes than its student ({first[0]!r} where that has {first[1]!r}); "
+                        "train one on the student's data")  # fmt: skip
     if networks is not None and len(teacher) != networks:
         has = f"{name} has {len(teacher)} networks"
         raise UserError(f"kd.pair=true wants as many teachers as students: {has}, train.networks={networks}")

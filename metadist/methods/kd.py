@@ -25,7 +25,7 @@ from metadist.config import Config
 from metadist.data import Data
 from metadist.data.augment import augment
 from metadist.errors import UserError
-from metadist.metagrad.execution import accelerate
+from metadist.metagrad.execution import accelerate, lowered
 from metadist.methods.advice import Advice
 from metadist.nets import Learner
 from metadist.nets.dropout import masks
@@ -145,7 +145,8 @@ class Training:
     def values(self, theta: Tensor, x: Tensor, y: Tensor, soft: Tensor, kept: Tensor) -> Tensor:
         """The loss [G, S] of each micro-batch and network; arguments as in ``Task``."""
         over_networks = vmap(self._value)
-        out: Tensor = vmap(over_networks, in_dims=(None, 0, 0, 0, 0))(theta, x, y, soft, kept)
+        with lowered(self.config.engine.precision, theta.device):
+            out: Tensor = vmap(over_networks, in_dims=(None, 0, 0, 0, 0))(theta, x, y, soft, kept)
         return out
 
     def _value(self, theta: Tensor, x: Tensor, y: Tensor, soft: Tensor, kept: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ class Networks:
 
     def _teachers(self) -> list[dict[str, Any]]:
         given = zip(self.config.kd.teachers, self.setup.teachers, strict=True)
-        return [{"path": p, "sha256": t.digest(), "errors": t.manifest["metrics"].get("errors")} for p, t in given]
+        return [{"path": p, "sha256": t.digest(), "data": t.manifest.get("data"),
+                 **{k: t.manifest["metrics"].get(k) for k in ("errors", "test_images")}} for p, t in given]  # fmt: skip
 
     def _write(self, state: MetaState, folder: RunFolder, best: Phi, summary: dict[str, Any]) -> None:
         if self.config.data.exclude:
@@ -163,8 +164,11 @@ class Networks:
 
     def _report(self, guesses: Tensor, summary: dict[str, Any], folder: RunFolder) -> None:
         test, classes = self.setup.data.test, self.setup.data.classes
-        known = {Path(t["path"]).name: t["errors"] for t in summary["teachers"] if t["errors"]}
-        teachers = {name: sum(values) / len(values) for name, values in known.items()}
+        here = (self.setup.data.name, len(test))
+        alike = [t for t in summary["teachers"] if t["errors"] and (t["data"], t["test_images"]) == here]
+        short = [Path(t["path"]).name for t in alike]
+        names = short if len(set(short)) == len(short) else [t["path"] for t in alike]
+        teachers = {name: sum(t["errors"]) / len(t["errors"]) for name, t in zip(names, alike, strict=True)}
         title = f"{summary['method']} on {summary['data']}, {summary['net']}, {summary['steps']} steps"
         images = self.setup.data.normalization.invert(test.x)
         network_picture.save(folder.path / "report.png", title, guesses, test.y, images, classes, teachers)
@@ -211,8 +215,9 @@ def text(summary: dict[str, Any], folder: RunFolder, classes: tuple[str, ...]) -
     if "together" in summary:
         lines.append(f"  all together   {errors([summary['together']], images)}, by the mean of their probabilities")
     for teacher in summary["teachers"]:
-        known = teacher["errors"]
-        lines.append(f"  teacher {teacher['path']}" + (f"  {errors(known, images)}" if known else ""))
+        known = f"  {errors(teacher['errors'], teacher['test_images'])}" if teacher["errors"] else ""
+        other = f" ({teacher['data']})" if teacher["data"] != summary["data"] else ""
+        lines.append(f"  teacher {teacher['path']}{known}{other}")
     if "corrections" in summary:
         c = summary["corrections"]
         missing = ", ".join(classes[i] for i in c["missing"])

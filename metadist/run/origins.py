@@ -1,4 +1,4 @@
-"""Networks made elsewhere that a run stands on: resumed, it must find the very same."""
+"""Networks and images made elsewhere that a run stands on: resumed, it must find the very same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from metadist.data import Normalization, Split
 from metadist.errors import RunError
 from metadist.run.folder import RunFolder
 
@@ -40,6 +41,15 @@ def teachers(digests: Iterable[str]) -> Origin:
     """Teachers of knowledge distillation; digests: of each."""
     return Origin("teachers", hashlib.sha256("".join(digests).encode()).hexdigest(), "the teachers",
                   "restore the runs of kd.teachers")  # fmt: skip
+
+
+def images(train: Split, normalization: Normalization) -> Origin:
+    """A distilled set that networks are trained on."""
+    parts = (train.x, train.y, *normalization.tensors().values())
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return Origin("images", total.hexdigest(), "the images of data.path", "restore that file")
 
 
 def check(found: Iterable[Origin], folder: RunFolder) -> None:

@@ -18,6 +18,7 @@ from metadist.errors import UserError
 from metadist.evaluate.pool import pool
 from metadist.evaluate.teachers import teacher
 from metadist.evaluate.train import at_once
+from metadist.metagrad.execution import lowered
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.mixed import Batch, Loss
 from metadist.methods.dd import Distillation
@@ -105,12 +106,11 @@ def with_precision(loss: Loss, precision: str, device: torch.device) -> Loss:
     if precision != "bf16":
         return loss
 
-    def lowered(theta: Tensor, batch: Batch) -> Tensor:
-        # No cache of lowered weights: it would outlive a level of torch.func, or the recording of a CUDA graph.
-        with torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False):
+    def in_low_precision(theta: Tensor, batch: Batch) -> Tensor:
+        with lowered(precision, device):
             return loss(theta, batch)
 
-    return lowered
+    return in_low_precision
 
 
 def starts_of(config: Config, learner: Learner, data: Data, device: torch.device) -> Starts:

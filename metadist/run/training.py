@@ -54,8 +54,11 @@ class TrainingSetup:
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """The teachers."""
-        return (origins.teachers(t.digest() for t in self.teachers),) if self.teachers else ()
+        """The teachers; of data=distilled the images."""
+        found = [origins.teachers(t.digest() for t in self.teachers)] if self.teachers else []
+        if self.config.data.name == "distilled":
+            found.append(origins.images(self.data.train, self.data.normalization))
+        return tuple(found)
 
     @property
     def least(self) -> Mapping[str, float]:
@@ -79,10 +82,12 @@ def data_of(config: Config, device: torch.device, dtype: torch.dtype) -> Data:
     if config.data.name != "distilled":
         return data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
     dset = distilled.load(str(config.data.path))
+    if config.data.size not in (None, dset.size):
+        raise UserError(f"data.size={config.data.size} is not the {dset.size} of data.path={config.data.path}; leave it out")
     name = str(dset.manifest.get("data"))
     if name not in data_room.sources.NAMED:
         raise UserError(f"data.path={config.data.path} was made of {name}, which no name stands for: nothing could judge")
-    real = dataclasses.replace(config.data, name=name, path=None, size=dset.size, normalize="none", augment="none")
+    real = dataclasses.replace(config.data, name=name, path=None, size=dset.size, normalize="none")
     found = data_room.load(real, device, dtype, config.cache_dir, config.smoke)
     fitting.check(dset, found)
     labels = dset.labels.to(device)
@@ -112,11 +117,12 @@ def _advice(config: Config, data: Data, teachers: tuple[Network, ...], device: t
     kd = config.kd
     for teacher, name in zip(teachers, kd.teachers, strict=True):
         needed = config.train.networks if kd.pair else None
-        advice_room.check(teacher, name, data.channels, data.size, len(data.classes), needed)
+        advice_room.check(teacher, name, data.channels, data.size, data.classes, needed)
     kept = None
     if kd.variants:
         images = hashlib.sha256(data.train.x.detach().cpu().contiguous().numpy().data).hexdigest()
-        recipe = {"images": images, "dtype": config.engine.dtype, "teachers": [t.digest() for t in teachers]}
+        engine = {"dtype": config.engine.dtype, "precision": config.engine.precision}
+        recipe = {"images": images, **engine, "teachers": [t.digest() for t in teachers]}
         if config.data.augment != "none":
             recipe |= {"augment": config.data.augment, "seed": str(config.seed)}
         kept = Logits(config.cache_dir, recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metadist.config import Config
+from metadist.config import Config, DataConfig
 from metadist.errors import UserError
 
 NAMES = ("train", "kd")
@@ -28,5 +28,22 @@ def training(config: Config) -> None:
         raise UserError(f"net.draw_width=true is for learners of a set; method={m.name} trains nets of one width: leave it out")
     if config.data.augment == "none" and kd.variants > 1:
         raise UserError(f"kd.variants={kd.variants}: with data.augment=none an image has one form; give kd.variants=1")
-    if config.data.name == "distilled" and (config.data.exclude or config.data.fraction != 1):
-        raise UserError("data.exclude and data.fraction choose real images; data=distilled is used as it is: leave them out")
+    if train.max_square and config.net.weight_norm:
+        raise UserError(
+            "train.max_square holds the weights' length, which net.weight_norm=true divides out; leave one of them out"
+        )
+    length = config.meta.horizon or config.steps
+    if late := [p for p in train.snapshots if max(1, round(p * length)) > config.steps]:
+        raise UserError(
+            f"train.snapshots={late[0]:g} of {length} steps (meta.horizon) is after steps={config.steps}; give less"
+        )
+    if config.data.name == "distilled":
+        _distilled(config.data)
+
+
+def _distilled(data: DataConfig) -> None:
+    """Raise UserError for a key that chooses or changes real images, where those of a set are trained on as they are."""
+    defaults = DataConfig()
+    for key in ("exclude", "fraction", "normalize"):
+        if getattr(data, key) != getattr(defaults, key):
+            raise UserError(f"data.{key} is for real images; data=distilled is used as it is: leave it out")

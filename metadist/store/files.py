@@ -223,6 +223,23 @@ def read_header(data: bytes | mmap.mmap, path: Path | str) -> tuple[int, dict[st
         raise Torn(path, "it is cut short or was not written by metadist") from e
 
 
+def proven(path: Path) -> dict[str, Any]:
+    """The metadata of a file of ``save_tensors`` whose checksum holds; the file is mapped, not held.
+
+    Raises as ``load_tensors``.
+    """
+    try:
+        with path.open("rb") as plain, mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            prove(data, path)
+            return read_header(data, path)[1]
+    except FileNotFoundError:
+        raise
+    except ValueError as e:  # nothing in it to map
+        raise Torn(path, "it is empty") from e
+    except OSError as e:
+        raise RunError(f"cannot read {path}: {e.strerror}") from e
+
+
 def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of ``save_tensors`` and prove its checksum: (tensors on ``device``, metadata).
 

@@ -2,8 +2,8 @@
 
 Design choices
 - A row is an image of the training split, a variant a draw of the augmentation: both are numbers, so (row, variant) is the key.
-- One checksummed safetensors file a variant. Its checksum is proven when it is opened; from then on it is mapped, and of a
-  store larger than memory only what is looked up is read.
+- One checksummed safetensors file a variant. Its checksum is proven when it is opened, and it is mapped, never held: of a
+  store larger than memory only what is looked up stays.
 - As in ``cached``: one process makes, the others wait; a torn or foreign file is made again; a disk that takes no file is a
   warning, the logits are then held in memory.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from metadist.errors import RunError
 from metadist.store.cache import locked
-from metadist.store.files import clean, load_tensors, save_tensors
+from metadist.store.files import clean, proven, save_tensors
 
 log = logging.getLogger("metadist")
 _NAME = "logits"
@@ -71,7 +71,7 @@ class Logits:
     def _map(self, number: int) -> Tensor | None:
         path = self.path(number)
         try:
-            _, head = load_tensors(path)
+            head = proven(path)
         except FileNotFoundError:
             return None
         except RunError as e:

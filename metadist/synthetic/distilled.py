@@ -32,6 +32,7 @@ from metadist.errors import RunError, UserError, unknown
 from metadist.metagrad.optimizers import Optimizer
 from metadist.synthetic import codec, picture, replay
 from metadist.synthetic.maker import Maker
+from metadist.synthetic.network import FILE as NETWORKS
 
 FILE = "distilled.safetensors"
 STARTS = ("auto", "own")
@@ -237,6 +238,10 @@ def find(given: str) -> Path:
         return path
     if given in shipped():
         return SETS / f"{given}.safetensors"
+    if (path / NETWORKS).is_file():
+        raise UserError(
+            f"{given} holds trained networks, no distilled set; metadist.load_network reads them, kd.teachers uses them"
+        )
     if path.is_dir():
         raise UserError(f"{given} holds no {FILE}, which a run writes at its end: let it end, or give another run")
     raise UserError(f"{unknown('distilled set', given, shipped())}; or give a file or a run folder")

@@ -49,12 +49,20 @@ class Network:
         return tuple(self.manifest["classes"])
 
     def learner(self, device: torch.device | str = "cpu") -> Learner:
-        """The architecture. Raises UserError for a net of its author's own, whose code a file may not name."""
-        config = NetConfig(**self.manifest["net"])
+        """The architecture. UserError for a net of its author's own (a file may not name code), or one that does not fit."""
+        try:
+            config = NetConfig(**self.manifest["net"])
+        except TypeError as e:
+            raise UserError(f"these networks are of a kind that this metadist does not know: {e}") from None
         if config.name == "custom":
             raise UserError("these networks are of their author's own making (net=custom), whose code a file may not name")
         m = self.manifest
-        return nets.build(config, m["channels"], m["size"], len(self.classes), self.theta.dtype, device)
+        made = nets.build(config, m["channels"], m["size"], len(self.classes), self.theta.dtype, device)
+        held, wanted = (self.theta.shape[-1], self.buffers.shape[-1]), (made.size, made.buffers_size)
+        if held != wanted:
+            raise UserError(f"a network of this file has {held[0]} weights and {held[1]} statistics, net={config.name} of its "
+                            f"manifest {wanted[0]} and {wanted[1]}; make the file anew")  # fmt: skip
+        return made
 
     def module(self, number: int = 0) -> nn.Module:
         """Network ``number`` as a module in evaluation mode: normalised images [B, C, H, W] -> logits [B, K]."""
