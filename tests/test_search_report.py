@@ -268,13 +268,28 @@ def test_costs_are_a_candidates(table: Table) -> None:
     r = report.make(table)
     assert r["full"] == {"seconds": 20, "images": 4000, "seeds": 2}  # one training
     found = r["proxies"]["distilled"]
-    assert found["seconds"] == pytest.approx((11 * 2 + 0.5) / 12) and found["images"] == pytest.approx((11 * 200 + 30) / 12)
-    assert r["payoff"]["candidates"] == math.floor((100 + 3 * 20) / (20 - found["seconds"])) + 1
-    assert "this one has 12" in report.text(r).replace("\n", " ")
+    assert (found["seconds"], found["images"], found["failed"]) == (2, 200, 1)  # of the eleven that gave a score
+    assert r["payoff"]["candidates"] == math.floor((100 + 3 * 20) / (20 - 2)) + 1
+    assert "this one has 11" in report.text(r).replace("\n", " ")
     free = without(table, truth={k: Outcome(o.scores, o.failed, 0.0, 0) for k, o in table.truth.items()})
     assert free["full"]["seconds"] is None and "full training were not measured" in report.text(free)
     unknown = without(table, set_seconds=None)
     assert unknown["payoff"]["candidates"] is None and "distilled set cost is not known" in report.text(unknown)
+
+
+def test_who_can_not_be_trained_makes_no_proxy_cheaper(table: Table) -> None:
+    """The same eleven candidates, with a hundred beside that can't be built: the same costs and the same pay-off."""
+    small = {f"small-{i}": Outcome((), "too small", 0.0, 0) for i in range(100)}
+    lean = without(table, keys=KEYS[1:])
+    ways = {way: {**found, **small} for way, found in table.ways.items()}
+    wide = without(table, keys=(*KEYS[1:], *small), truth={**table.truth, **small}, ways=ways)
+    assert wide["payoff"] == lean["payoff"] and wide["full"] == lean["full"] and wide["trained"] == lean["trained"] == 11
+    costs = [{k: r["proxies"]["distilled"][k] for k in ("seconds", "images", "seeds")} for r in (lean, wide)]
+    assert costs[0] == costs[1] == {"seconds": 2, "images": 200, "seeds": 2}
+    untold = without(table, truth={}, keys=(*KEYS, *small), ways=ways)
+    assert untold["trained"] == 11  # of distilled, without l and the small ones
+    nobody = without(table, ways={"distilled": small}, keys=tuple(small), truth={})
+    assert nobody["proxies"]["distilled"]["seconds"] is None and "None" not in report.text(nobody)
 
 
 def test_the_ceiling_is_one_seed_against_another(table: Table) -> None:
@@ -286,7 +301,7 @@ def test_the_ceiling_is_one_seed_against_another(table: Table) -> None:
     a, b = pairs.T.tolist()
     assert found["regret"]["10"] == pytest.approx((enumerated(a, b, 10) + enumerated(b, a, 10)) / 2, abs=1e-9)
     single = without(table, truth={k: done(float(p[0])) for k, p in zip(KEYS, pairs)})
-    assert single["ceiling"] is None and "full training has one seed" in report.text(single)
+    assert single["ceiling"] is None and "full training has one seed" in report.text(single).replace("\n", " ")
 
 
 def test_differences_stand_on_the_same_candidates(table: Table) -> None:

@@ -7,7 +7,8 @@ Design choices
 - The proxies are held against the mean of the truth's seeds. The ceiling, one seed of full training against another, is held
   against a single seed, which is noisier: it is a low ceiling, and a good proxy may touch it.
 - Seconds and images of a proxy are those of all its seeds, because the ranking stands on all of them; those of full training
-  are of one training, because a search in practice trains once.
+  are of one training, because a search in practice trains once. Both are means over candidates that gave a score, and the
+  pay-off counts such candidates alone: who can't be trained costs neither way.
 - The report is plain JSON: whatever is undefined is None. Without truth it holds the ranking and the best of each proxy.
 """
 
@@ -39,9 +40,10 @@ def make(table: Table) -> dict[str, Any]:
     full = _full(table)
     first = "distilled" if "distilled" in table.proxies else next(iter(table.proxies), None)
     cost = {way: _cost(table.keys, table.ways[way]) for way in table.proxies}
+    trained = len(judged) if table.truth else sum(v > -math.inf for v in scores.get(first or "", {}).values())
     made: dict[str, Any] = _plain({
         "space": table.space, "data": table.data, "settings": dict(table.settings),
-        "count": len(table.keys), "judged": len(judged),
+        "count": len(table.keys), "judged": len(judged), "trained": trained,
         "truth_failed": len(table.keys) - len(judged) if table.truth else 0,
         "first": first, "best_of": table.best, "full": full,
         "candidates": [_candidate(k, truth, scores, table) for k in table.keys],
@@ -84,12 +86,15 @@ def _quality(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
 
 
 def _cost(keys: Sequence[str], found: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Seconds and images a candidate by one way, all its seeds; how many candidates failed."""
-    n = max(1, len(found))
+    """Seconds and images a candidate with a score, by one way, all its seeds; how many candidates failed.
+
+    One that can't be built costs nothing, by a proxy or in full: the mean over all would make the proxy look cheaper.
+    """
+    scored = [o for o in found.values() if o.reason is None]
     return {
-        "seconds": sum(o.seconds for o in found.values()) / n,
-        "images": sum(o.images for o in found.values()) / n,
-        "seeds": max((len(o.scores) for o in found.values()), default=0),
+        "seconds": sum(o.seconds for o in scored) / len(scored) if scored else None,
+        "images": sum(o.images for o in scored) / len(scored) if scored else None,
+        "seeds": max((len(o.scores) for o in scored), default=0),
         "failed": sum(k not in found or found[k].reason is not None for k in keys),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 CEILING, BLIND = "another seed, in full", "a blind guess"
 WIDTH, FEW = 120, 10
+COSTS = "Seconds and images a candidate with a score: all seeds of a proxy, one full training."
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -41,8 +42,7 @@ def _proxies(report: Mapping[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]]
     if not report["judged"]:
         rows = [(way, *_costs(p), str(p["failed"])) for way, p in report["proxies"].items()]
-        note = "Seconds and images a candidate: all seeds of a proxy, one full training."
-        return [*_aligned([("proxy", *costs), *rows, *_full_row(report, 0)]), note]
+        return [*_aligned([("proxy", *costs), *rows, *_full_row(report, 0)]), COSTS]
     budgets = list(report["blind"]["regret"])
     rows = [(way, *_quality(p, budgets), *_costs(p), str(p["failed"])) for way, p in report["proxies"].items()]
     rows += _full_row(report, len(budgets))
@@ -56,7 +56,7 @@ def _notes(report: Mapping[str, Any]) -> str:
     notes = [
         "Correlation with truth [95 % bootstrap interval over candidates]; top half: among the better half by truth.",
         "@B: points of accuracy that the pick among B random candidates lacks to the best of them.",
-        "Seconds and images a candidate: all seeds of a proxy, one full training.",
+        COSTS,
         "Candidates that failed rank last." if any(p["failed"] for p in report["proxies"].values()) else "",
         f"Intervals of {report['judged']} candidates say little." if report["judged"] < FEW else "",
         "There is no ceiling: full training has one seed."
@@ -123,8 +123,9 @@ def _payoff(report: Mapping[str, Any]) -> list[str]:
     line = (
         f"Pay-off: the set cost {_seconds(p['set_seconds'])}{where}, a candidate costs {p['proxy_seconds']:.3g} s by it and "
         f"{p['full_seconds']:.3g} s in full: {p['ratio']:.1f} candidates pay for the set. With {p['best']} trained in full at "
-        f"the end, a search is cheaper than full training of all from {p['candidates']} candidates on; this one has "
-        f"{report['count']}. Equal-cost training on real images has no set to pay for: against it only the ranking counts."
+        f"the end, a search is cheaper than full training of all from {p['candidates']} candidates on that can be trained; "
+        f"this one has {report['trained']}. Equal-cost training on real images has no set to pay for: against it only the "
+        "ranking counts."
     )
     return textwrap.wrap(line, WIDTH)
 
@@ -174,12 +175,15 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
     for f in report["failures"]:
         if ways := [way for way in f["ways"] if (f["reason"], way) not in general]:
             alike.setdefault((f["reason"], ", ".join(ways)), []).append(f["key"])
-    for (reason, ways), keys in alike.items():
+    for (reason, by), keys in alike.items():
         if len(keys) == 1:
-            lines.append(f"  {keys[0]}: {reason} ({ways})")
+            lines.append(f"  {keys[0]}: {reason} ({by})")
         else:
-            lines.append(f"  {len(keys)} candidates: {reason} ({ways})")
-            lines += textwrap.wrap(", ".join(keys), WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+            lines.append(f"  {len(keys)} candidates: {reason} ({by})")
+            indent = "    "
+            lines += textwrap.wrap(
+                ", ".join(keys), WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            )
     return ["Failed:", *lines] if lines else []
 
 
