@@ -371,7 +371,17 @@ def test_halving_tells_its_rungs_its_pick_and_its_cost(table: Table) -> None:
     assert h["images"] == 11 * 200 + 30 + 3 * 400 + 900
     assert h["pick"] == "j" and h["truth"] == pytest.approx(0.985) and h["regret"] == pytest.approx(1.0)
     assert [b["key"] for b in found["best"]["halving"]] == ["j"] and "halving-2" not in found["proxies"]
-    assert "It picks j, truth 98.50 %, regret 1.00 points" in report.text(found)
+    said = report.text(found).replace("\n", " ")
+    assert "It picks j, truth 98.50 %, regret 1.00 points" in said
+    # 11 x 2 + .5 s by the set, 3 and 1 s of the rounds, 100 s of the set; eleven trainings in full of 20 s.
+    assert h["seconds"] == 26.5
+    assert "Cost: 4,330 images in 26.5 s, and the set's 100 s" in said
+    assert "full training of all once: 44,000 in 3.67 min" in said
+    each = 2 + 4 / 11
+    assert found["payoff"]["proxy_seconds"] == pytest.approx(each) and "share of the rounds of halving" in said
+    assert found["payoff"]["candidates"] == math.floor((100 + 3 * 20) / (20 - each)) + 1
+    unknown = without(table, ways={**table.ways, **rungs}, set_seconds=None)
+    assert "and the set's, which is not known" in report.text(unknown).replace("\n", " ")
 
 
 @pytest.mark.parametrize("case", ["whole", "no truth", "one", "free", "long names"])

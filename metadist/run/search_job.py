@@ -21,6 +21,7 @@ from metadist.evaluate import fitting
 from metadist.evaluate.plan import Plan
 from metadist.evaluate.recipe import Recipe
 from metadist.metagrad.optimizers import Optimizer
+from metadist.run import search_set
 from metadist.run.cost import duration
 from metadist.run.environment import cores
 from metadist.run.queue import run_queue
@@ -168,18 +169,8 @@ def table(config: Config, search: Search) -> Table:
         own = [search.key(i) for i in search.candidates]
         truth = {key: Outcome(search.known[key], None, 0.0, 0) for key in own}
     keys = tuple(search.key(i) for i in search.candidates)
-    seconds, where = _set_cost(c.set)
+    seconds, where = search_set.cost(c.set)
     return Table(c.space, config.data.name, keys, truth, ways, seconds, where, c.best, _settings(config))
-
-
-def _set_cost(given: str | None) -> tuple[float | None, str | None]:
-    """Seconds that making the set took, and where, as its run's summary says; None where there is no run folder."""
-    path = Path(given or "").expanduser() / "summary.json"
-    try:
-        found = json.loads(path.read_text()) if given else {}
-        return 60 * float(found["minutes"]), f"by {given}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
 
 
 def _settings(config: Config) -> dict[str, Any]:

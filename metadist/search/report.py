@@ -53,7 +53,8 @@ def make(table: Table) -> dict[str, Any]:
         "ceiling": _ceiling([table.truth[k] for k in judged]),
         "differences": _differences(first, {w: [scores[w][k] for k in judged] for w in table.proxies}, y),
         "payoff": None if first != "distilled" else regret.payoff(
-            table.set_seconds, table.set_where, cost[first]["seconds"], None if full is None else full["seconds"], table.best
+            table.set_seconds, table.set_where, _searched(table, cost[first]["seconds"], trained),
+            None if full is None else full["seconds"], table.best,
         ).as_dict(),
         "best": {way: _best(found, truth, table) for way, found in scores.items()},
         "halving": _halving(table, first, scores.get("halving", {}), truth),
@@ -97,6 +98,12 @@ def _cost(keys: Sequence[str], found: Mapping[str, Outcome]) -> dict[str, Any]:
         "seeds": max((len(o.scores) for o in scored), default=0),
         "failed": sum(k not in found or found[k].reason is not None for k in keys),
     }
+
+
+def _searched(table: Table, proxy: float | None, trained: int) -> float | None:
+    """Seconds a candidate before the best are trained in full: by the proxy, and its share of the rounds of halving."""
+    rounds = sum(o.seconds for way in table.rungs for o in table.ways[way].values())
+    return proxy + rounds / trained if proxy is not None and trained else proxy
 
 
 def _full(table: Table) -> dict[str, Any] | None:
@@ -168,6 +175,7 @@ def _halving(table: Table, first: str | None, last: Mapping[str, float], truth: 
         "regret": None if pick_truth is None else 100 * (max(truth.values()) - pick_truth),
         "images": sum(r["images"] for r in rungs),
         "seconds": sum(r["seconds"] for r in rungs),
+        "set_seconds": table.set_seconds,
     }
 
 

@@ -120,12 +120,13 @@ def _payoff(report: Mapping[str, Any]) -> list[str]:
     if p["candidates"] is None:
         return textwrap.wrap(f"Pay-off of the distilled set: none to be named, as {p['reason']}.", WIDTH)
     where = f" ({p['where']})" if p["where"] else ""
+    rounds = " with its share of the rounds of halving" if report["halving"] else ""
     line = (
-        f"Pay-off: the set cost {_seconds(p['set_seconds'])}{where}, a candidate costs {p['proxy_seconds']:.3g} s by it and "
-        f"{p['full_seconds']:.3g} s in full: {p['ratio']:.1f} candidates pay for the set. With {p['best']} trained in full at "
-        f"the end, a search is cheaper than full training of all from {p['candidates']} candidates on that can be trained; "
-        f"this one has {report['trained']}. Equal-cost training on real images has no set to pay for: against it only the "
-        "ranking counts."
+        f"Pay-off: the set cost {_seconds(p['set_seconds'])}{where}, a candidate costs {p['proxy_seconds']:.3g} s by it{rounds}"
+        f" and {p['full_seconds']:.3g} s in full: {p['ratio']:.1f} candidates pay for the set. With {p['best']} trained in "
+        f"full at the end, a search is cheaper than full training of all from {p['candidates']} candidates on that can be "
+        f"trained; this one has {report['trained']}. Equal-cost training on real images has no set to pay for: against it only "
+        "the ranking counts."
     )
     return textwrap.wrap(line, WIDTH)
 
@@ -142,9 +143,12 @@ def _halving(report: Mapping[str, Any]) -> list[str]:
     rows += [(r["way"], str(r["candidates"]), f"{r['images']:,}", f"{r['seconds']:.3g}", str(r["failed"])) for r in h["rungs"]]
     pick = f"It picks {h['pick']}" if h["pick"] else "It picks nothing: all failed"
     judged = "" if h["truth"] is None else f", truth {100 * h['truth']:.2f} %, regret {h['regret']:.2f} points"
-    full = report["full"]
-    share = f"; full training of all once: {report['count'] * full['images']:,.0f}" if full and full["images"] else ""
-    return ["Successive halving:", *_aligned(rows), f"{pick}{judged}. Cost: {h['images']:,} images{share}."]
+    made = "the set's, which is not known" if h["set_seconds"] is None else f"the set's {_seconds(h['set_seconds'])}"
+    cost = f"Cost: {h['images']:,} images in {_seconds(h['seconds'])}, and {made}"
+    if (full := report["full"]) and full["images"] and full["seconds"]:
+        images, seconds = (report["trained"] * full[k] for k in ("images", "seconds"))
+        cost += f"; full training of all once: {images:,.0f} in {_seconds(seconds)}"
+    return ["Successive halving:", *_aligned(rows), *textwrap.wrap(f"{pick}{judged}. {cost}.", WIDTH)]
 
 
 def _best(report: Mapping[str, Any]) -> list[str]:
