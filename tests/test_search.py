@@ -503,6 +503,29 @@ def test_another_search_in_the_folder_is_refused(alone: Path, tmp_path: Path, ca
     assert main([*WORDS, f"out={tmp_path}"]) == 2 and "is a run's folder" in capsys.readouterr().err
 
 
+class Reordered(Odd):
+    """The same architectures by other numbers."""
+
+    keys = ("better", "small", "raises", "memory", "nan", "good")
+
+
+def test_a_space_that_has_changed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished or not: nobody gets another architecture's results, and nothing is done."""
+    words = ["data=digits", "space=test_search.Odd", "candidates=6", "truth=none", "best=1", "seeds=1", "device=cpu"]
+    words += ["threads=1", "smoke=true", f"out={tmp_path / 'o'}"]
+    assert main([*words, "proxy=params"]) == 0
+    before = results(tmp_path / "o")
+    monkeypatch.setattr(sys.modules["test_search"], "Odd", Reordered)
+    capsys.readouterr()
+    for proxy in ("params", "params,flops"):
+        assert main([*words, f"proxy={proxy}"]) == 2
+        err = capsys.readouterr().err
+        assert "is of better, which is now good in search.space=odd: the space has changed; give another out" in err
+        assert err.count("\n") == 1 and results(tmp_path / "o") == before
+
+
 def test_what_is_no_part_of_a_searchs_identity() -> None:
     plain = recipe(configured())
     for words in (["candidates=9"], ["proxy=params"], ["seeds=5"], ["best=9"], ["group=1"], ["workers=3"], ["data.root=x"]):

@@ -85,8 +85,8 @@ class Search:
     def __init__(self, config: Config, folder: Path) -> None:
         """Open the space and draw the candidates; nothing is read from the folder yet."""
         c = self.config = config.search
-        self.folder, self.results = folder, Results(folder / "results")
         self.space: Space = open_space(c.space, c.width, c.cells)
+        self.folder, self.results = folder, Results(folder / "results", self.space)
         self.known = known_truth(c.truth)
         self.candidates = self._drawn()
 
@@ -153,9 +153,9 @@ class Search:
         return [i for i in task.indices if not self.results.has(task.way, task.repeat, i)]
 
     def finished(self) -> bool:
-        """Whether everything is done."""
+        """Whether everything is done. All files of a phase are read: a space that has changed is seen before any work."""
         for phase in self.phases():
-            if any(self.missing(t) for way, indices in phase.items() for t in self.tasks(way, indices)):
+            if sum(len(self.missing(t)) for way, indices in phase.items() for t in self.tasks(way, indices)):
                 return False
         return True
 

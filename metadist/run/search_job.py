@@ -99,7 +99,7 @@ def work(config: Config, folder: Path, patient: bool = True) -> bool:
 def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None]) -> None:
     wanted = search.missing(task)
     for index, found in measure(bench, search.space, task.way, task.repeat, task.indices, wanted):
-        search.results.put(task.way, task.repeat, index, search.key(index), found)
+        search.results.put(task.way, task.repeat, index, found)
         say(task.way)
 
 
