@@ -31,8 +31,9 @@ from metadist.metagrad.inner import Inner
 from metadist.metagrad.optimizers import Optimizer
 from metadist.nets.loss import cross_entropy_loss
 from metadist.run.compose import compose
-from metadist.run.search import Search, recipe
+from metadist.run.search import Search
 from metadist.run.search_command import judge, main, translated
+from metadist.run.search_folder import configuration, open_folder, recipe
 from metadist.run.search_job import prepare
 from metadist.search import training
 from metadist.search.training import measure
@@ -348,11 +349,27 @@ def test_three_workers_find_what_one_does(nursery: Nursery, tmp_path: Path, alon
 
 
 def test_two_workers_find_what_one_does(nursery: Nursery, tmp_path: Path, alone: Path) -> None:
-    words = [w for w in WORDS if not w.startswith("seeds")]
+    """Also where nobody has said how many threads a worker has, as in ``alone`` somebody has."""
+    words = [w for w in WORDS if not w.startswith(("seeds", "threads"))]
     proxy = "proxy=distilled,random_real,params"
     started = nursery.run([*words, "seeds=1", proxy, f"out={tmp_path / 'o'}", "workers=2"], tmp_path, program=PROGRAM)
     found, whole = results(tmp_path / "o"), results(alone)
     assert len(found) == 5 * 4 and found == {k: whole[k] for k in found} and "2 workers of 1 thread" in started.out
+
+
+@pytest.mark.parametrize("words, threads", [(["workers=1"], 1), (["workers=2"], 1), (["threads=2"], 2)])
+def test_the_first_start_says_how_many_threads_a_worker_has(words: list[str], threads: int, tmp_path: Path) -> None:
+    """And no later one, however many workers it has: on one core or many, the numbers are the same."""
+    plain = [w for w in WORDS if not w.startswith("threads")]
+
+    def threads_of(*words: str) -> int:
+        config = compose(translated([*plain, *words]), lambda config: None, judge)
+        return open_folder(config, tmp_path / "o").threads
+
+    assert threads_of(*words) == threads_of() == threads_of("workers=3") == threads_of(f"threads={threads}") == threads
+    assert configuration(tmp_path / "o").threads == threads
+    with pytest.raises(UserError, match=rf"holds another search \(threads: {threads} -> 5; recorded -> given\)"):
+        threads_of("threads=5")
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
@@ -580,8 +597,14 @@ def test_on_slurm_it_is_an_array_of_workers(slurm: Programs) -> None:
     sent = slurm(*words, "cluster=slurm", program=main)
     assert sent.code == 0, sent.err
     assert slurm.received == printed.out.encode() and re.search(r"submitted array 4711: 3 workers for \d+ tasks", sent.out)
-    assert json.loads((place / "search.json").read_text())["config"]["workers"] == 3
+    assert configuration(place).workers == 3 and configuration(place).threads == 1
     assert "out=" + str(place) in slurm(*words, "cluster=slurm", program=main, mount=True).err
+    words = [*(w for w in words if not w.startswith(("threads", "out"))), "out=y"]
+    assert slurm(*words, "cluster=slurm", program=main).code == 0
+    assert configuration(slurm.place / "y").threads == 2  # the cores that a worker has, as at the first start
+    words[words.index("cpus_per_task=2")] = "cpus_per_task=4"
+    assert slurm(*words, "cluster=slurm", program=main).code == 0
+    assert configuration(slurm.place / "y").threads == 2
 
 
 def test_a_worker_of_the_array_finishes_the_search(slurm: Programs, monkeypatch: pytest.MonkeyPatch, alone: Path) -> None:

@@ -1,8 +1,7 @@
-"""A configuration's architecture search: what it depends on, where it lies, what there is to do, in which order.
+"""A configuration's architecture search: what there is to do, in which order.
 
 Design choices
-- Its folder is named by the hash of everything that a candidate's number depends on. How many candidates, seeds and proxies
-  there are is not part of it: candidates are the first of one drawn order, so more of them are added to those that are there.
+- Candidates are the first of one drawn order, so more of them are added to those that are there.
 - A task is (way, seed, candidates of one shape), done when every one of these has its file; metadist.run.queue has the tasks
   done by any number of workers. What comes next (a round of halving, the best in full) is read off the files of what came
   before.
@@ -11,58 +10,24 @@ Design choices
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from metadist import draw
 from metadist.config import Config
 from metadist.config_search import FREE
 from metadist.errors import UserError
-from metadist.run.experts import data_recipe
 from metadist.run.search_results import Results
 from metadist.search.space import grouped, open_space
 
 if TYPE_CHECKING:
     from metadist.search.space import Space
 
-VERSION = 1  # of the maker: raised by any change that alters a candidate's number
-CIRCUMSTANCE = ("set", "truth", "candidates", "seeds", "proxy_seeds", "draws", "proxy", "best", "group")
 SUBSETS, HALVING = ("random_real", "coreset"), "halving-"
-FILE = "search.json"
-
-
-def recipe(config: Config) -> dict[str, Any]:
-    """Everything that the number of a candidate depends on, JSON-able. Raises UserError if set or data are not there."""
-    from metadist.synthetic.distilled import find
-
-    c = config.search
-    own = {k: v for k, v in dataclasses.asdict(c).items() if k not in CIRCUMSTANCE}
-    files = {"set": find(c.set) if c.set is not None else None, "truth": None}
-    if c.truth not in ("train", "none"):
-        files["truth"] = Path(c.truth).expanduser()
-    made = {
-        "search": VERSION,
-        **{f"data.{k}": v for k, v in data_recipe(config).items()},
-        **own,
-        **{name: hashlib.sha256(path.read_bytes()).hexdigest() if path else None for name, path in files.items()},
-        "dtype": config.engine.dtype,
-        "precision": config.engine.precision,
-    }
-    return {**made, "smoke": True} if config.smoke else made  # trained on a few images only
-
-
-def search_dir(config: Config) -> Path:
-    """The folder of a search, be it there or not: run_dir, or runs/search-<space>-<data>-<8 hex of its recipe>."""
-    if config.run_dir is not None:
-        return Path(config.run_dir).expanduser().absolute()
-    key = hashlib.sha256(json.dumps(recipe(config), sort_keys=True).encode()).hexdigest()
-    return Path(f"runs/search-{config.search.space}-{config.data.name}-{key[:8]}").absolute()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ proxies: distilled    the set's recorded steps, or with set_lr=<rate> ordinary t
 keys: set space width cells candidates proxy seeds proxy_seeds epochs lr momentum weight_decay batch schedule steps set_lr draws
 coreset group best truth halving seed init (all of them search.*), data data.* preset smoke out json, workers threads device
 cache_dir, engine.dtype engine.precision engine.compile; with cluster=slurm those of launch/slurm.py.
-`python launch/local.py --help` says what each of them means.
+`python launch/local.py --help` says what each of them means. threads, of each worker, is 1 (on SLURM cpus_per_task) unless the
+first start says otherwise: it is recorded, and every worker of the search has as many.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -41,9 +41,9 @@ from metadist.errors import UserError, unknown
 from metadist.run import validate_machine, validate_search
 from metadist.run.compose import compose
 from metadist.run.crew import together, worker
-from metadist.run.environment import cores
 from metadist.run.guard import guarded
-from metadist.run.search import FILE, Search, recipe, search_dir
+from metadist.run.search import Search
+from metadist.run.search_folder import configuration, open_folder, search_dir
 from metadist.run.signals import Stop, stop_status
 from metadist.run.unread import unread_by_search
 
@@ -77,9 +77,9 @@ def start(config: Config, as_json: bool = False) -> int:
     folder, search = opened(config)
     other = sys.stderr if as_json else None  # where progress goes, None: as everything
     out = other or sys.stdout
-    open_folder(config, folder)
+    config = open_folder(config, folder)
     if not search.finished():
-        count, threads = config.workers, config.threads or max(1, cores() // config.workers)
+        count, threads = config.workers, config.threads
         who = f"{count} worker{'s' if count > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}"
         ways = [*config.search.proxy, *(["truth"] if config.search.truth == "train" else [])]
         print(f"{len(search.candidates)} of the {len(search.space)} architectures of {config.search.space}, by "
@@ -127,33 +127,6 @@ def _alone(config: Config, folder: Path) -> tuple[int, str]:
     return 0, ""
 
 
-def open_folder(config: Config, folder: Path) -> None:
-    """Make the folder of a search, and leave there what its workers read. Raises UserError if it is another's."""
-    from metadist.store import atomic_write
-
-    wanted: dict[str, Any] = json.loads(json.dumps(recipe(config)))
-    path = folder / FILE
-    if (folder / "config.json").exists():
-        raise UserError(f"out={folder} is a run's folder; give another")
-    if path.is_file():
-        known = json.loads(path.read_text())["recipe"]
-        keys = sorted({*known, *wanted})
-        changed = [f"{k}: {_short(known.get(k))} -> {_short(wanted.get(k))}" for k in keys if known.get(k) != wanted.get(k)]
-        if changed:
-            raise UserError(f"out={folder} holds another search ({', '.join(changed)}; recorded -> given); give another out, "
-                            "or the recorded values to go on")  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"out={folder} can't be made ({e.strerror}); give another") from None
-    record = {"recipe": wanted, "config": dataclasses.asdict(config)}
-    atomic_write(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _short(value: object) -> str:
-    return str(value)[:12] if isinstance(value, str) else str(value)
-
-
 def search(argv: Sequence[str]) -> int:
     """``launch/search.py``. Raises UserError and RunError."""
     flags = [word for word in argv if word.startswith("-")]
@@ -192,10 +165,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _work(folder: Path) -> bool:
-    from metadist.run.folder import config_from_dict
     from metadist.run.search_job import work
 
-    return work(config_from_dict(json.loads((folder / FILE).read_text())["config"]), folder)
+    return work(configuration(folder), folder)
 
 
 if __name__ == "__main__":

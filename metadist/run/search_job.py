@@ -23,7 +23,6 @@ from metadist.evaluate.recipe import Recipe
 from metadist.metagrad.optimizers import Optimizer
 from metadist.run import search_set
 from metadist.run.cost import duration
-from metadist.run.environment import cores
 from metadist.run.queue import run_queue
 from metadist.run.search import Search, Task
 from metadist.run.setup import DTYPES, device_of, with_precision
@@ -40,7 +39,7 @@ SUMMARY = "summary.json"
 def prepare(config: Config, folder: Path) -> Bench:
     """Load the data and the set, and check that they fit each other. Raises UserError."""
     device, dtype, c = device_of(config), DTYPES[config.engine.dtype], config.search
-    torch.set_num_threads(config.threads or max(1, cores() // config.workers))
+    torch.set_num_threads(config.threads or 1)
     data = data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
     recipe, dset = None, None
     if c.set is not None:

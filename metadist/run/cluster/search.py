@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metadist.run.cluster.array import Job, element, of_node, placed
+from metadist.run.cluster.array import Job, element, placed
 from metadist.run.cluster.array import submit as submit_array
-from metadist.run.cluster.record import read
 from metadist.run.signals import Stop
 
 
 def submit(words: Sequence[str]) -> int:
     """``launch/search.py cluster=slurm``: print or submit the array. Raises UserError."""
     from metadist.run.compose import compose
-    from metadist.run.search_command import judge, open_folder, opened
+    from metadist.run.search_command import judge, opened
+    from metadist.run.search_folder import open_folder
     from metadist.run.search_job import outcome
 
     config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True))
@@ -41,11 +41,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _work(folder: Path, stop: Stop) -> str | None:
-    from metadist.run.folder import config_from_dict
-    from metadist.run.search import FILE
+    from metadist.run.search_folder import configuration
     from metadist.run.search_job import outcome, work
 
-    config = of_node(config_from_dict(read(folder / FILE)["config"]))
+    config = configuration(folder)
     return str(outcome(config, folder)["text"]) if work(config, folder, patient=False) else None
 
 
