@@ -35,8 +35,9 @@ from metadist.run.search import Search
 from metadist.run.search_command import judge, main, translated
 from metadist.run.search_folder import configuration, open_folder, recipe
 from metadist.run.search_job import prepare
+from metadist.run.search_results import Results
 from metadist.search import training
-from metadist.search.training import measure
+from metadist.search.training import Measured, measure
 from metadist.search.ways import Bench, cost, course, subset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -249,6 +250,23 @@ def test_who_fails_says_why_and_stops_nobody(tmp_path: Path, capsys: pytest.Capt
     for key in ("small", "raises", "memory", "nan"):
         assert re.search(rf"\b{key}\b", said)
     assert "needs images of 99 pixels" in said
+    full = {r["architecture"]: r for k, r in results(tmp_path / "o").items() if k.startswith("results/truth/")}
+    assert {k for k, r in full.items() if r["score"] is None} == {"small", "raises", "memory"}
+    # Who has trained such a network has one that guesses among ten classes.
+    assert (full["nan"]["score"], full["nan"]["failed"]) == (0.1, training.NOT_FINITE)
+    assert "left out: 3; 1 diverged: such a training counts as a network that guesses" in said.replace("\n", " ")
+    report = json.loads((tmp_path / "o/report.json").read_text())
+    assert next(c for c in report["candidates"] if c["key"] == "nan")["truth_seeds"] == [0.1, 0.1]
+
+
+def test_one_diverged_seed_is_one_guess_in_the_mean(tmp_path: Path) -> None:
+    found = Results(tmp_path, Odd())
+    seeds = (Measured(0.9, None, 1, 100), Measured(0.1, training.NOT_FINITE, 1, 100), Measured(None, "out of memory", 1, 0))
+    for repeat, measured in enumerate(seeds):
+        found.put("truth", repeat, 5, measured)
+    both, all_three = found.outcome("truth", 5, 2), found.outcome("truth", 5, 3)
+    assert (both.scores, both.mean, both.failed) == ((0.9, 0.1), 0.5, training.NOT_FINITE)
+    assert (all_three.scores, all_three.failed) == ((), "out of memory")
 
 
 def test_a_network_that_explodes_leaves_its_group_alone(tmp_path: Path) -> None:

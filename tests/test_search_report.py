@@ -264,6 +264,25 @@ def test_failures_rank_last_and_are_counted(table: Table) -> None:
     ]
 
 
+def test_who_diverges_in_full_is_a_guess_and_no_proxys_excuse(table: Table) -> None:
+    """The proxy likes l and k best: one diverges by both seeds, the other by one of them."""
+    why = "its weights are not finite"
+    truth = table.truth | {"l": Outcome((0.1, 0.1), why, 40, 8000), "k": Outcome((0.98, 0.1), why, 40, 8000)}
+    likes = {k: done(t) for k, t in zip(KEYS, TRUTH)}
+    r = without(table, truth=truth, ways={"distilled": likes})
+    y = np.array([*TRUTH[1:-2], 0.54, 0.1])
+    found = r["proxies"]["distilled"]
+    assert found["spearman"]["value"] == pytest.approx(by_scipy(np.array(TRUTH[1:]), y)[0]) and found["failed"] == 0
+    assert found["regret"]["11"] == pytest.approx(100 * (0.985 - 0.1))
+    assert (r["judged"], r["truth_failed"], r["diverged"]) == (11, 1, 2)
+    assert [f for f in r["failures"] if f["key"] in "kl"] == [{"key": k, "reason": why, "ways": ["truth"]} for k in "kl"]
+    said = report.text(r)
+    assert "left out: 1; 2 diverged: such a training counts as a network that guesses." in said.replace("\n", " ")
+    assert "  2 candidates: its weights are not finite (truth)\n    k, l" in said
+    back = Table.of(json.loads(json.dumps(dataclasses.replace(table, truth=truth).as_dict())))
+    assert back.truth == truth and back.truth["k"].diverged and not back.truth["a"].diverged
+
+
 def test_costs_are_a_candidates(table: Table) -> None:
     r = report.make(table)
     assert r["full"] == {"seconds": 20, "images": 4000, "seeds": 2}  # one training

@@ -63,8 +63,9 @@ class Results:
                             "changed; give another out, or the space as it was to go on")  # fmt: skip
 
     def outcome(self, way: str, index: int, repeats: int) -> Outcome:
-        """All seeds of a way together: a candidate that failed by one of them has failed."""
+        """All seeds of a way together: a candidate without a score by one of them has failed."""
         found = [self.of(way, repeat, index) for repeat in range(repeats)]
-        failed = next((o.failed for o in found if o.failed is not None), None)
-        scores = () if failed else tuple(s for o in found for s in o.scores)
-        return Outcome(scores, failed, sum(o.seconds for o in found), sum(o.images for o in found))
+        lost = next((o.failed for o in found if not o.scores), None)
+        scores = () if lost else tuple(s for o in found for s in o.scores)
+        guessed = next((o.failed for o in found if o.failed is not None), None)
+        return Outcome(scores, lost or guessed, sum(o.seconds for o in found), sum(o.images for o in found))

@@ -2,8 +2,8 @@
 
 Design choices
 - A proxy's score is its mean over seeds. A candidate that a proxy failed on, or did not measure, ranks last for that proxy and
-  is counted: a proxy may not leave out what it cannot do. A candidate whose truth failed has no place to be compared with: it
-  is left out of every comparison and counted.
+  is counted: a proxy may not leave out what it cannot do. A candidate that can't be trained in full has no place to be compared
+  with: it is left out of every comparison and counted. One that diverges in full is a network that guesses, and stays.
 - The proxies are held against the mean of the truth's seeds. The ceiling, one seed of full training against another, is held
   against a single seed, which is noisier: it is a low ceiling, and a good proxy may touch it.
 - Seconds and images of a proxy are those of all its seeds, because the ranking stands on all of them; those of full training
@@ -45,6 +45,7 @@ def make(table: Table) -> dict[str, Any]:
         "space": table.space, "data": table.data, "settings": dict(table.settings),
         "count": len(table.keys), "judged": len(judged), "trained": trained,
         "truth_failed": len(table.keys) - len(judged) if table.truth else 0,
+        "diverged": sum(table.truth[k].diverged for k in judged),
         "first": first, "best_of": table.best, "full": full,
         "candidates": [_candidate(k, truth, scores, table) for k in table.keys],
         "free": [way for way in table.proxies if way in FREE],
@@ -180,12 +181,12 @@ def _halving(table: Table, first: str | None, last: Mapping[str, float], truth: 
 
 
 def _failures(table: Table) -> list[dict[str, Any]]:
-    """Every candidate that failed, by reason, with the ways it failed in."""
+    """Every candidate that failed or diverged, by reason, with the ways it did so in."""
     found: dict[tuple[str, str], list[str]] = {}
     for key in table.keys:
         for way, outcomes in {"truth": table.truth, **table.ways}.items():
             expected = way in table.proxies or (way == "truth" and bool(table.truth))
-            reason = outcomes[key].reason if key in outcomes else MISSING if expected else None
+            reason = outcomes[key].failed or outcomes[key].reason if key in outcomes else MISSING if expected else None
             if reason is not None:
                 found.setdefault((key, reason), []).append(way)
     return [{"key": key, "reason": reason, "ways": ways} for (key, reason), ways in found.items()]

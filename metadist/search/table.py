@@ -5,6 +5,8 @@ Design choices
   result like another: it is kept, counted and ranks last.
 - Accuracies are fractions of 1. Truth is on the test split and nothing is chosen by it; all other accuracies are on the
   validation split. A score that is not finite cannot be ranked: such an outcome counts as failed.
+- A full training that diverges is no failure to train: whoever picks such an architecture gets a network that guesses. That is
+  its score, and its outcome says beside why. Else a proxy that likes what diverges would not be punished for it.
 - Costs are kept twice: seconds, which hold for the machine at hand, and training images seen, which hold everywhere.
 - `as_dict` and `Table.of` are each other's inverse, through JSON too (a score that is not finite comes back as nan).
 """
@@ -24,14 +26,14 @@ class Outcome:
     """One candidate by one way of training."""
 
     scores: tuple[float, ...]  # one a seed: accuracies, or the free score; () if it failed
-    failed: str | None  # why, in one line
+    failed: str | None  # why it failed, in one line; with scores: why a seed among them is a guess
     seconds: float  # of this machine, summed over seeds
     images: int  # training images seen, summed over seeds
 
     @property
     def mean(self) -> float:
         """Mean score over seeds; nan if it failed."""
-        if self.failed is not None or not self.scores:
+        if not self.scores:
             return math.nan
         mean = sum(self.scores) / len(self.scores)
         return mean if math.isfinite(mean) else math.nan
@@ -39,9 +41,12 @@ class Outcome:
     @property
     def reason(self) -> str | None:
         """Why there is no score to rank by; None if there is one."""
-        if self.failed is not None:
-            return self.failed
-        return "its score is not finite" if math.isnan(self.mean) else None
+        return (self.failed or "its score is not finite") if math.isnan(self.mean) else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a seed among the scores is a guess."""
+        return self.failed is not None and self.reason is None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

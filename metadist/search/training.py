@@ -41,7 +41,7 @@ class Measured:
     """What came of one candidate, way and seed."""
 
     score: float | None  # accuracy in [0, 1], or what a free proxy gives
-    failed: str | None  # why there is none, in one line
+    failed: str | None  # why there is none, or only that of a guess, in one line
     seconds: float  # of training and judging it here
     images: int  # training images it saw
 
@@ -128,7 +128,8 @@ def _trained(bench: Bench, space: Space, way: str, repeat: int, indices: Sequenc
     finite = (torch.isfinite(theta).all(1) & torch.isfinite(buffers).all(1)).tolist()
     scores = accuracy(learner, theta, buffers, bench.judge(way), chunk=len(theta)).tolist()
     each = (time.perf_counter() - began) / len(indices)
-    return [Measured(s if ok else None, None if ok else NOT_FINITE, each, count) for s, ok in zip(scores, finite)]
+    guess = 1 / len(bench.data.classes) if way in FULL else None  # see metadist.search.table
+    return [Measured(s, None, each, count) if ok else Measured(guess, NOT_FINITE, each, count) for s, ok in zip(scores, finite)]
 
 
 def _way(bench: Bench, learner: Learner, way: str, repeat: int, theta0: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -28,7 +28,10 @@ def _head(report: Mapping[str, Any]) -> list[str]:
     if report["judged"]:
         seeds = "" if full is None or full["seeds"] == 1 else f", mean of {full['seeds']} trainings"
         without = f"; without one and left out: {lost}" if lost else ""
-        lines.append(f"Truth: test accuracy after full training{seeds}{without}.")
+        guesses = (
+            f"; {report['diverged']} diverged: such a training counts as a network that guesses" if report["diverged"] else ""
+        )
+        lines += textwrap.wrap(f"Truth: test accuracy after full training{seeds}{without}{guesses}.", WIDTH)
     elif lost:
         lines.append("Full training of every candidate failed: how well the proxies rank is not known here.")
     else:
