@@ -95,8 +95,19 @@ def test_every_proxy_that_trains_costs_what_the_set_does(bench: Bench) -> None:
     assert {way: cost(bench, way) for way in ("distilled", "real_steps", "random_real", "coreset")} == dict.fromkeys(
         ("distilled", "real_steps", "random_real", "coreset"), images
     )
-    assert cost(bench, "early_stop") == 128  # whole steps of full training: the nearest to 100
+    assert cost(bench, "early_stop") == images  # of a batch of 128
     assert cost(bench, "truth") == len(bench.data.train)
+
+
+@pytest.mark.parametrize(
+    "words, images",
+    [(["batch=512"], 100), (["batch=7"], 100), (["steps=1"], 10), (["batch=300", "steps=50"], 500), (["steps=900"], 1294)],
+)
+def test_the_start_of_full_training_costs_the_same_and_no_more_than_all_of_it(
+    words: list[str], images: int, tmp_path: Path
+) -> None:
+    bench = prepare(configured(*words), tmp_path)
+    assert cost(bench, "early_stop") == images <= cost(bench, "truth") == len(bench.data.train)
 
 
 @pytest.mark.parametrize("words, images", [(["steps=25"], 250), (["steps=25", "set_lr=.1"], 250), (["steps=4"], 40)])
@@ -106,7 +117,7 @@ def test_steps_set_the_cost_of_all(words: list[str], images: int, tmp_path: Path
 
 
 def test_images_are_counted_as_they_are_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a loss that counts: full training has passes whose last batch is smaller, early stopping leaves within one."""
+    """By a loss that counts: full training has passes whose last batch is smaller, early stopping cuts its last batch."""
     space = Search(configured(), Path()).space
     seen: list[int] = []
     real = cross_entropy_loss
@@ -150,12 +161,13 @@ def test_early_stopping_is_the_beginning_of_full_training(tmp_path: Path) -> Non
     bench, search = prepare(config, tmp_path), Search(config, tmp_path)
     c = course(bench, "early_stop", 0)
     each = -(-len(bench.data.train) // 64)
-    assert (c.steps, c.until, c.images) == (4 * each, 9, 9 * 64)
+    assert (c.steps, c.images) == (4 * each, 600)
     group = training._group(bench, search.space, (number(search, "d2-w4-group-leaky-max"),))
     keys = draw.key(0, "k", 0, torch.tensor([3]))
     theta0 = group.learner.init(keys)
     theta, _, _ = training._way(bench, group.learner, "early_stop", 0, theta0, keys)
-    rows = draw.permutation(draw.split(draw.split(keys, 0), 0), len(c.x))[0].split(64)[:9]
+    rows = draw.permutation(draw.split(draw.split(keys, 0), 0), len(c.x))[0][:600].split(64)
+    assert [len(batch) for batch in rows] == [64] * 9 + [24]
     own, velocity = theta0[0].clone(), torch.zeros_like(theta0[0])
     for batch in rows:
         own.requires_grad_()

@@ -150,7 +150,7 @@ def _way(bench: Bench, learner: Learner, way: str, repeat: int, theta0: Tensor, 
     loss = bench.lower(cross_entropy_loss(learner, plan.weight_decay))
     inner = Inner(loss, plan.optimizer, compile=bench.compile, graph=graph, shared=False, alone=alone)
     theta = standard(
-        learner, theta0, c.x, c.y, steps=c.steps, until=c.until, optimizer=plan.optimizer, lr=c.lr, momentum=plan.momentum,
+        learner, theta0, c.x, c.y, steps=c.steps, images=c.most, optimizer=plan.optimizer, lr=c.lr, momentum=plan.momentum,
         batch=c.batch, keys=keys, augment=plan.augment, schedule=plan.schedule, chunk=len(theta0), inner=inner,
     )  # fmt: skip
     return theta, seen(learner, c.x, c.batch, draw.key(bench.seed, "search statistics", repeat)), c.images
