@@ -312,11 +312,17 @@ def test_who_can_not_be_trained_makes_no_proxy_cheaper(table: Table) -> None:
 
 
 def test_the_ceiling_is_one_seed_against_another(table: Table) -> None:
-    generator = np.random.default_rng(8)
+    generator = np.random.default_rng(9)
     pairs = generator.normal(0.9, 0.02, (12, 1)) + generator.normal(0, 0.01, (12, 2))
     truth = {k: done(*map(float, pair)) for k, pair in zip(KEYS, pairs)}
     found = without(table, truth=truth)["ceiling"]
     assert found["spearman"]["value"] == pytest.approx(by_scipy(pairs[:, 0], pairs[:, 1])[0])
+    halves = [pairs[np.argsort(-pairs[:, j])[:6]] for j in (0, 1)]  # the better half by either, as if it was the truth
+    rho = [by_scipy(half[:, 0], half[:, 1])[0] for half in halves]
+    by_both = pairs[np.argsort(-pairs.mean(1))[:6]]
+    assert rho[0] != pytest.approx(rho[1]) and by_scipy(by_both[:, 0], by_both[:, 1])[0] != pytest.approx(sum(rho) / 2)
+    assert found["top_half"]["value"] == pytest.approx(sum(rho) / 2)
+    assert found["top_half"]["low"] < found["top_half"]["value"] < found["top_half"]["high"]
     a, b = pairs.T.tolist()
     assert found["regret"]["10"] == pytest.approx((enumerated(a, b, 10) + enumerated(b, a, 10)) / 2, abs=1e-9)
     single = without(table, truth={k: done(float(p[0])) for k, p in zip(KEYS, pairs)})

@@ -5,7 +5,8 @@ Design choices
   is counted: a proxy may not leave out what it cannot do. A candidate that can't be trained in full has no place to be compared
   with: it is left out of every comparison and counted. One that diverges in full is a network that guesses, and stays.
 - The proxies are held against the mean of the truth's seeds. The ceiling, one seed of full training against another, is held
-  against a single seed, which is noisier: it is a low ceiling, and a good proxy may touch it.
+  against a single seed, which is noisier: it is a low ceiling, and a good proxy may touch it. Its top half is the better half
+  by what stands for the truth, as a proxy's is, for each of the two in turn: chosen by both, it would hide what they agree on.
 - Seconds and images of a proxy are those of all its seeds, because the ranking stands on all of them; those of full training
   are of one training, because a search in practice trains once. Both are means over candidates that gave a score, and the
   pay-off counts such candidates alone: who can't be trained costs neither way.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from metadist.config_search import FREE
@@ -76,12 +78,22 @@ def _candidate(key: str, truth: Mapping[str, float], scores: Mapping[str, Mappin
     return {"key": key, "truth": truth.get(key), "truth_seeds": seeds, "scores": mine}
 
 
+def _top(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Spearman of scores x with truth y over the better half by truth."""
+    top = top_half(y)
+    return estimate(spearman, [x[i] for i in top], [y[i] for i in top])
+
+
+def _mean(one: Estimate, other: Estimate) -> Estimate:
+    """Of figures of the same candidates; its interval is a little wide, as the mean varies no more than they do."""
+    return Estimate(*((a + b) / 2 for a, b in zip(astuple(one), astuple(other), strict=True)))
+
+
 def _quality(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     """How well scores x rank candidates of truth y."""
-    top = top_half(y)
     return {
         "spearman": estimate(spearman, x, y).as_dict(),
-        "top_half": estimate(spearman, [x[i] for i in top], [y[i] for i in top]).as_dict(),
+        "top_half": _top(x, y).as_dict(),
         "kendall": estimate(kendall, x, y).as_dict(),
         "regret": regret.regrets(x, y),
     }
@@ -123,12 +135,11 @@ def _ceiling(found: Sequence[Outcome]) -> dict[str, Any] | None:
     if len(twice) < 2:
         return None
     a, b = [s[0] for s in twice], [s[1] for s in twice]
-    top = top_half([sum(s) / len(s) for s in twice])
     there, back = regret.regrets(a, b), regret.regrets(b, a)
     return {
         "n": len(twice),
         "spearman": estimate(spearman, a, b).as_dict(),
-        "top_half": estimate(spearman, [a[i] for i in top], [b[i] for i in top]).as_dict(),
+        "top_half": _mean(_top(a, b), _top(b, a)).as_dict(),
         "kendall": estimate(kendall, a, b).as_dict(),
         "regret": {budget: (there[budget] + back[budget]) / 2 for budget in there},
     }
