@@ -229,7 +229,7 @@ def table() -> Table:
     backwards["l"], backwards["c"] = lost("not finite at step 3"), done(math.nan)
     del backwards["d"]
     ways = {"distilled": order, "random_real": backwards, "params": {k: done(7.0, images=0) for k in KEYS}}
-    return Table("convnets", "digits", KEYS, truth, ways, 100.0, "by runs/x", 3, {"epochs": 10, "lr": 0.1})
+    return Table("convnets", "digits", KEYS, truth, ways, 100.0, "by runs/x", 3, {"epochs": 10, "lr": 0.1}, ("A remark.",))
 
 
 def without(table: Table, **changes: Any) -> dict[str, Any]:
@@ -364,6 +364,7 @@ def test_the_text_names_every_proxy_and_failure(table: Table) -> None:
         assert any(line.startswith(way + " ") for line in lines), way
     for failed in r["failures"]:
         assert f"  {failed['key']}: {failed['reason']} ({', '.join(failed['ways'])})" in lines
+    assert "A remark." in lines
     assert "nan" not in text and "None" not in text and max(map(len, lines)) < 150
 
 

@@ -15,6 +15,9 @@ proxies: distilled    the set's recorded steps, or with set_lr=<rate> ordinary t
          real_steps   as many images of the real data         early_stop   the start of full training, as many images
          random_real  as many random real images, as long     coreset      as many k-means centroids or k-center images
          params flops synflow    no training
+A set must have been made by the same data.validation, split_seed, fraction and exclude, else it may have been learned from
+images that judge the proxies. One that doesn't say (digits-10, mnist-*, older runs) is taken, and the report has a line on it.
+
 keys: set space width cells candidates proxy seeds proxy_seeds epochs lr momentum weight_decay batch schedule steps set_lr draws
 coreset group best truth halving seed init (all of them search.*), data data.* preset smoke out json, workers threads device
 cache_dir, engine.dtype engine.precision engine.compile; with cluster=slurm those of launch/slurm.py.

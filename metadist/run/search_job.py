@@ -61,6 +61,7 @@ def prepare(config: Config, folder: Path) -> Bench:
 
 def _fitted(config: Config, dset: DistilledSet, data: Data) -> Data:
     fitting.check(dset, data)
+    search_set.check_split(config, dset)
     fixed = dset.theta0 is not None or "theta0_recipe" in dset.manifest
     if fixed and "distilled" in config.search.proxy and not config.search.set_lr:
         net = dset.manifest.get("net", {}).get("name", "net")
@@ -169,7 +170,8 @@ def table(config: Config, search: Search) -> Table:
         truth = {key: Outcome(search.known[key], None, 0.0, 0) for key in own}
     keys = tuple(search.key(i) for i in search.candidates)
     seconds, where = search_set.cost(c.set)
-    return Table(c.space, config.data.name, keys, truth, ways, seconds, where, c.best, _settings(config))
+    remarks = tuple(filter(None, [search_set.remark(config)]))
+    return Table(c.space, config.data.name, keys, truth, ways, seconds, where, c.best, _settings(config), remarks)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -1,9 +1,48 @@
-"""What is known of the distilled set that a search trains on beside its images: what it cost."""
+"""What is known of the distilled set that a search trains on beside its images: what it cost, and what it was learned from.
+
+Images that judge the proxies must not be among those that the set was learned from: it would be good at these very ones.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from metadist.config import Config
+from metadist.errors import UserError
+from metadist.synthetic.distilled import SPLIT, DistilledSet, load
+
+
+def check_split(config: Config, dset: DistilledSet) -> None:
+    """Raises UserError for a set of these data that was learned from another part of them."""
+    known = _known(config, dset)
+    own = {name: getattr(config.data, name) for name in SPLIT}
+    if changed := [name for name in SPLIT if known is not None and known.get(name, own[name]) != own[name]]:
+        made, given = (" ".join(f"data.{name}={_word(split[name])}" for name in changed) for split in (known or {}, own))
+        raise UserError(f"set={config.search.set} was made with {made}, this search has {given}: the set may have been learned "
+                        f"from images that judge the proxies; give {made}")  # fmt: skip
+
+
+def remark(config: Config) -> str | None:
+    """A sentence of the report where nobody knows which images a set of these data was learned from."""
+    if config.search.set is None or _known(config, load(config.search.set)) is not None:
+        return None
+    return (
+        "The set doesn't say which images it was learned from: those that judge the proxies may be among them, which would "
+        "flatter proxy=distilled."
+    )
+
+
+def _known(config: Config, dset: DistilledSet) -> dict[str, Any] | None:
+    """The split that a set was made by; {} for other data; None: not known, as an older version of metadist has made it."""
+    if dset.manifest.get("data", config.data.name) != config.data.name:
+        return {}
+    return dset.manifest.get("split")
+
+
+def _word(value: object) -> str:
+    return str(value).replace(" ", "")
 
 
 def cost(given: str | None) -> tuple[float | None, str | None]:

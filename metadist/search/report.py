@@ -45,6 +45,7 @@ def make(table: Table) -> dict[str, Any]:
     trained = len(judged) if table.truth else sum(v > -math.inf for v in scores.get(first or "", {}).values())
     made: dict[str, Any] = _plain({
         "space": table.space, "data": table.data, "settings": dict(table.settings),
+        "remarks": list(table.remarks),
         "count": len(table.keys), "judged": len(judged), "trained": trained,
         "truth_failed": len(table.keys) - len(judged) if table.truth else 0,
         "diverged": sum(table.truth[k].diverged for k in judged),

@@ -73,6 +73,7 @@ class Table:
     set_where: str | None  # where these seconds were measured, in words
     best: int  # so many of a proxy's best are trained in full
     settings: Mapping[str, Any] = field(default_factory=dict)  # shown in the report
+    remarks: tuple[str, ...] = ()  # sentences at its head
 
     @property
     def proxies(self) -> tuple[str, ...]:
@@ -90,6 +91,7 @@ class Table:
             "space": self.space, "data": self.data, "keys": list(self.keys), "truth": _outcomes(self.truth),
             "ways": {way: _outcomes(found) for way, found in self.ways.items()}, "set_seconds": self.set_seconds,
             "set_where": self.set_where, "best": self.best, "settings": dict(self.settings),
+            "remarks": list(self.remarks),
         }  # fmt: skip
 
     @staticmethod
@@ -97,7 +99,8 @@ class Table:
         """What ``as_dict`` wrote."""
         ways = {way: {k: Outcome.of(o) for k, o in found.items()} for way, found in d["ways"].items()}
         truth = {k: Outcome.of(o) for k, o in d["truth"].items()}
-        return Table(**{**d, "keys": tuple(d["keys"]), "truth": truth, "ways": ways})
+        remarks = tuple(d.get("remarks", ()))
+        return Table(**{**d, "keys": tuple(d["keys"]), "truth": truth, "ways": ways, "remarks": remarks})
 
 
 def _outcomes(found: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         lines.append("Full training of every candidate failed: how well the proxies rank is not known here.")
     else:
         lines.append("No truth was asked for: how well the proxies rank is not known here.")
+    lines += [line for remark in report["remarks"] for line in textwrap.wrap(remark, WIDTH)]
     return [*lines, *(textwrap.wrap(shown, WIDTH, initial_indent="  ", subsequent_indent="  ") if shown else [])]
 
 
