@@ -30,11 +30,12 @@ from metadist.identity import identity_hash
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.optimizers import Optimizer
 from metadist.nets.loss import cross_entropy_loss
+from metadist.run.attempts import Attempts
 from metadist.run.compose import compose
 from metadist.run.search import Search
 from metadist.run.search_command import judge, main, translated
 from metadist.run.search_folder import configuration, open_folder, recipe
-from metadist.run.search_job import prepare
+from metadist.run.search_job import KILLED, prepare
 from metadist.run.search_results import Results
 from metadist.search import training
 from metadist.search.training import Measured, measure
@@ -321,6 +322,71 @@ def test_a_group_without_memory_is_tried_one_by_one(tmp_path: Path, monkeypatch:
     assert found[part[0]].failed == "out of memory" and all(found[i].failed is None for i in part[1:])
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyError("x")])
+def test_a_module_that_exits_ends_no_search(error: BaseException, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(*_: object) -> nn.Module:
+        raise error
+
+    monkeypatch.setattr(Odd, "module", module)
+    for way in ("distilled", "params"):
+        ((_, found),) = measure(bench, Odd(), way, 0, (0,), (0,))
+        assert found.score is None and str(found.failed).startswith(f"{type(error).__name__}: ")
+
+
+KILLING = ["data=digits", "space=killing.Space", "candidates=3", "proxy=params", "truth=none", "best=1", "seeds=1", "epochs=1"]
+
+
+def killer_has_failed(folder: Path, said: str) -> bool:
+    """The others have their number of parameters; nobody is marked any more."""
+    found = {r["architecture"]: (r["score"], r["failed"]) for k, r in results(folder).items() if "/params/" in k}
+    assert found == {"number-0": (650, None), "number-1": (None, KILLED), "number-2": (650, None)}
+    return f"number-1: {KILLED} (params)" in said and not list(folder.glob("queue/*.begun"))
+
+
+def test_who_killed_alone_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mark that two processes have left which were killed at the group, and one at this candidate."""
+    words = [*KILLING, "device=cpu", f"out={tmp_path / 'o'}"]
+    config = compose(translated(words), lambda config: None, judge)
+    search = Search(config, tmp_path / "o")
+    (task,) = search.tasks("params", search.candidates)
+    (tmp_path / "o/queue").mkdir(parents=True)
+    (tmp_path / f"o/queue/{task.name}.begun").write_text(json.dumps({"killed": 2, "part": 1}))
+    assert len(task.indices) == 3 and main(words) == 0
+    assert killer_has_failed(tmp_path / "o", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_who_kills_its_process_has_failed_after_three_times(nursery: Nursery, tmp_path: Path) -> None:
+    """Twice in its group, once alone."""
+    words = [*KILLING, "device=cpu", f"out={tmp_path / 'o'}"]
+    assert [nursery.start(words, tmp_path, program=PROGRAM).wait() for _ in range(3)] == [-signal.SIGKILL] * 3
+    assert killer_has_failed(tmp_path / "o", nursery.run(words, tmp_path, program=PROGRAM).out)
+
+
+def test_marks_are_of_processes_that_were_killed(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    with attempts.begun("a"):
+        assert (Attempts(tmp_path).killed("a"), Attempts(tmp_path).suspect("a")) == (1, None)  # if it were killed now
+    assert attempts.killed("a") == 0 and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="orderly"), attempts.begun("a"):
+        raise ValueError("orderly")
+    assert not list(tmp_path.iterdir())
+    killed = [Attempts(tmp_path).begun("a") for _ in range(2)]
+    for times, one in enumerate(killed, 1):
+        one.__enter__()  # and nothing after
+        assert attempts.killed("a") == times
+    left = Attempts(tmp_path)
+    alone = left.begun("a", 7)
+    alone.__enter__()
+    assert (attempts.killed("a"), attempts.suspect("a")) == (2, 7)
+    left.leave()  # by a signal
+    assert (attempts.killed("a"), attempts.suspect("a")) == (2, None)
+    with left.begun("b"):  # a thread that has not yet heard of it
+        assert attempts.killed("b") == 0
+    attempts.forget("a")
+    assert attempts.killed("a") == 0
+
+
 # --- a search -----------------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +479,7 @@ def test_killed_and_resumed_it_repeats_nothing(nursery: Nursery, tmp_path: Path,
     if status > 0:
         assert started.out.splitlines()[-1] == "stopped by SIGTERM; run the same command again to go on"
     kept = {p: p.stat().st_mtime_ns for p in out.glob("results/*/*/*.json")}
-    assert 3 <= len(kept) < 50
+    assert 3 <= len(kept) < 50 and len(list(out.glob("queue/*.begun"))) <= (status < 0)
     nursery.run([*WORDS, f"out={out}"], tmp_path, program=PROGRAM)
     assert results(out) == results(alone)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())

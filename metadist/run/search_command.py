@@ -119,14 +119,17 @@ def show(config: Config, folder: Path, as_json: bool = False) -> None:
 
 
 def _alone(config: Config, folder: Path) -> tuple[int, str]:
-    from metadist.run.search_job import work
+    from metadist.run.search_job import marks, work
+
+    attempts = marks(folder)
 
     def leave(name: str) -> None:
+        attempts.leave()
         print(f"stopped by {name}; run the same command again to go on", flush=True)
         os._exit(stop_status(name))
 
     with Stop(at_once=leave):  # what is finished is on the disk; what is not begins anew
-        work(config, folder)
+        work(config, folder, attempts)
     return 0, ""
 
 
@@ -167,13 +170,20 @@ def main(argv: Sequence[str]) -> int:
     return guarded(search, argv)
 
 
-def _work(folder: Path) -> bool:
-    from metadist.run.search_job import work
+def _crew(folder: Path) -> int:
+    """One of several workers; its exit status."""
+    from metadist.run.search_job import marks, work
 
-    return work(configuration(folder), folder)
+    attempts = marks(folder)
+
+    def leave(name: str) -> None:
+        attempts.leave()
+        os._exit(stop_status(name))
+
+    return worker(lambda stop: work(configuration(folder), folder, attempts), leave)
 
 
 if __name__ == "__main__":
     from metadist.run.worker import leave
 
-    leave(worker(lambda stop: _work(Path(sys.argv[1])), lambda name: os._exit(stop_status(name))))
+    leave(_crew(Path(sys.argv[1])))

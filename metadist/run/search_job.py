@@ -22,18 +22,21 @@ from metadist.evaluate.plan import Plan
 from metadist.evaluate.recipe import Recipe
 from metadist.metagrad.optimizers import Optimizer
 from metadist.run import search_set
+from metadist.run.attempts import Attempts
 from metadist.run.cost import duration
 from metadist.run.queue import run_queue
 from metadist.run.search import Search, Task
 from metadist.run.setup import DTYPES, device_of, with_precision
 from metadist.search.table import Outcome, Table
-from metadist.search.training import measure
+from metadist.search.training import Measured, measure
 from metadist.search.ways import Bench, cost
 from metadist.store import atomic_write, clean
 from metadist.synthetic.distilled import DistilledSet, load
 
 _SAY_S = 10.0  # between two lines
 SUMMARY = "summary.json"
+PATIENCE = 2  # processes killed at a task before its candidates are done one by one
+KILLED = "its process was killed, as by the system where memory runs out"
 
 
 def prepare(config: Config, folder: Path) -> Bench:
@@ -70,9 +73,10 @@ def _fitted(config: Config, dset: DistilledSet, data: Data) -> Data:
     return fitting.aligned(data, dset.normalization)
 
 
-def work(config: Config, folder: Path, patient: bool = True) -> bool:
+def work(config: Config, folder: Path, attempts: Attempts, patient: bool = True) -> bool:
     """Work on what is missing beside all others who do; True once everything is done. Raises UserError and RunError.
 
+    attempts: of ``marks``, which whoever ends this process by a signal tells so.
     patient: stay while others work. Before its last phase every worker is: what comes next is for all.
     """
     search = Search(config, folder)
@@ -86,9 +90,9 @@ def work(config: Config, folder: Path, patient: bool = True) -> bool:
         last = (config.search.truth != "none" and not config.search.halving) or "retrained" in phase
         done = run_queue(
             list(tasks),
-            lambda name, tasks=tasks: _do(search, bench, tasks[name], say),  # type: ignore[misc]
+            lambda name, tasks=tasks: _do(search, bench, tasks[name], say, attempts),  # type: ignore[misc]
             lambda name, tasks=tasks: not search.missing(tasks[name]),  # type: ignore[misc]
-            folder / "queue",
+            attempts.place,
             patient=patient or not last,
         )
         if not done:
@@ -96,11 +100,26 @@ def work(config: Config, folder: Path, patient: bool = True) -> bool:
     return True
 
 
-def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None]) -> None:
+def marks(folder: Path) -> Attempts:
+    """Those of a search's tasks."""
+    return Attempts(folder / "queue")
+
+
+def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None], attempts: Attempts) -> None:
+    """What is missing of a task. One that has killed two processes is done one by one: who kills then has failed."""
+    results, alone = search.results, attempts.killed(task.name) >= PATIENCE
+    for index in search.missing(task):
+        if index == attempts.suspect(task.name) or any(o.failed == KILLED for o in results.known(task.way, index)):
+            results.put(task.way, task.repeat, index, Measured(None, KILLED, 0.0, 0))
+            alone = True
     wanted = search.missing(task)
-    for index, found in measure(bench, search.space, task.way, task.repeat, task.indices, wanted):
-        search.results.put(task.way, task.repeat, index, found)
-        say(task.way)
+    for part in [(i,) for i in wanted] if alone else [task.indices]:
+        with attempts.begun(task.name, part[0] if alone else None):
+            own = [i for i in wanted if i in part]
+            for index, found in measure(bench, search.space, task.way, task.repeat, part, own):
+                results.put(task.way, task.repeat, index, found)
+                say(task.way)
+    attempts.forget(task.name)
 
 
 class _Progress:

@@ -62,6 +62,11 @@ class Results:
             raise UserError(f"{path} is of {written}, which is now {key} in search.space={self.space.name}: the space has "
                             "changed; give another out, or the space as it was to go on")  # fmt: skip
 
+    def known(self, way: str, index: int) -> list[Outcome]:
+        """All that is there of a candidate by one way, whatever the seed."""
+        repeats = sorted(int(path.parent.name) for path in (self.folder / way).glob(f"*/{index:05d}.json"))
+        return [self.of(way, repeat, index) for repeat in repeats]
+
     def outcome(self, way: str, index: int, repeats: int) -> Outcome:
         """All seeds of a way together: a candidate without a score by one of them has failed."""
         found = [self.of(way, repeat, index) for repeat in range(repeats)]

@@ -72,7 +72,7 @@ def _several(bench: Bench, space: Space, way: str, indices: Sequence[int]) -> bo
     images = bench.batch if bench.recorded(way) else course(bench, way, 0).batch
     try:
         return at_once(_group(bench, space, indices[:1]).learner, len(indices), images) > 1
-    except Exception:  # it can't be built: it shall say so when its turn comes
+    except (Exception, SystemExit):  # it can't be built: it shall say so when its turn comes
         return False
 
 
@@ -85,7 +85,7 @@ def _attempt(bench: Bench, space: Space, way: str, repeat: int, part: Sequence[i
         return _trained(bench, space, way, repeat, part)
     except RunError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a user's module may call exit
         why = reason(e)
     # Outside of the handler, which would hold on to what the first try has allocated.
     if len(part) == 1:
@@ -95,7 +95,7 @@ def _attempt(bench: Bench, space: Space, way: str, repeat: int, part: Sequence[i
     return [measured for i in part for measured in _attempt(bench, space, way, repeat, (i,))]
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """A candidate's fault in one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError)

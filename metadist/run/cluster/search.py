@@ -37,15 +37,17 @@ def submit(words: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Work on the queue of ``argv[0]``; the exit status, 0 also where a signal ended it."""
-    return element(Path(argv[0]), _work, at_once=True)
-
-
-def _work(folder: Path, stop: Stop) -> str | None:
     from metadist.run.search_folder import configuration
-    from metadist.run.search_job import outcome, work
+    from metadist.run.search_job import marks, outcome, work
 
-    config = configuration(folder)
-    return str(outcome(config, folder)["text"]) if work(config, folder, patient=False) else None
+    folder = Path(argv[0])
+    attempts = marks(folder)
+
+    def until_done(folder: Path, stop: Stop) -> str | None:
+        config = configuration(folder)
+        return str(outcome(config, folder)["text"]) if work(config, folder, attempts, patient=False) else None
+
+    return element(folder, until_done, attempts.leave)
 
 
 if __name__ == "__main__":
