@@ -37,7 +37,8 @@ from metadist.run.search_command import judge, main, translated
 from metadist.run.search_folder import configuration, open_folder, recipe
 from metadist.run.search_job import KILLED, prepare
 from metadist.run.search_results import Results
-from metadist.search import training
+from metadist.search import free, training
+from metadist.search.convnets import Convnets
 from metadist.search.training import Measured, measure
 from metadist.search.ways import Bench, cost, course, subset
 
@@ -424,6 +425,15 @@ def test_the_same_command_prints_it_again_and_computes_nothing(alone: Path, caps
     assert json.loads(capsys.readouterr().out) == json.loads((alone / "report.json").read_text())
 
 
+def test_synflow_draws_its_weights_as_it_is_told(tmp_path: Path) -> None:
+    space, scores = Convnets(4), set()
+    for init in ("default", "xavier", "orthogonal"):
+        ((_, found),) = measure(prepare(configured(f"init={init}"), tmp_path), space, "synflow", 0, (7,), (7,))
+        assert found.score == free.score("synflow", space, 7, 1, 8, 10, 0, init)
+        scores.add(found.score)
+    assert len(scores) == 3
+
+
 def test_more_is_added_to_what_is_there(tmp_path: Path) -> None:
     """Candidates, seeds and proxies: what was found stays, and is what a larger search from nothing finds."""
     small = ["proxy=params,distilled", "candidates=2", "seeds=1", "epochs=1"]
@@ -508,10 +518,19 @@ def test_a_file_of_accuracies_is_the_truth(tmp_path: Path, capsys: pytest.Captur
     [
         ("[1, 2]", "is not a JSON file of {architecture: accuracy or list of accuracies}"),
         ("{", "is not a JSON file of"),
-        ('{"d1-w4-none-relu-max": 93.5}', "d1-w4-none-relu-max has [93.5]; accuracies are fractions"),
-        ('{"d1-w4-none-relu-max": []}', "accuracies are fractions"),
-        ('{"resnet": 0.5}', "'resnet' is no architecture of space=convnets; one is 'd1-w4-"),
+        ("[" * 100000, "is not a JSON file of"),
+        ("{}", "holds too few accuracies to compare (0); give those of 2"),
+        ('{"d1-w4-none-relu-max": 0.5}', "holds too few accuracies to compare (1); give those of 2"),
+        ('{"d1-w4-none-relu-max": 93.5, "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has [93.5]; accuracies are fractions"),
+        ('{"d1-w4-none-relu-max": [], "d1-w4-none-relu-avg": 1}', "accuracies are fractions"),
+        ('{"d1-w4-none-relu-max": true, "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has [True]; accuracies are fractions"),
+        ('{"d1-w4-none-relu-max": "0.5", "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has ['0.5']; accuracies are"),
+        (f'{{"d1-w4-none-relu-max": {10**400}, "d1-w4-none-relu-avg": 1}}', "d1-w4-none-relu-max has [1000"),
+        ('{"d1-w4-none-relu-max": NaN, "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has [nan]; accuracies are"),
+        ('{"d1-w4-none-relu-max": {"a": 1}, "d1-w4-none-relu-avg": 1}', "accuracies are fractions"),
+        ('{"resnet": 0.5, "d1-w4-none-relu-avg": 1}', "'resnet' is no architecture of space=convnets; one is 'd1-w4-"),
     ],
+    ids=range(13),
 )
 def test_a_wrong_file_of_accuracies(content: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.json").write_text(content)
@@ -575,6 +594,10 @@ def test_halving_keeps_the_best_and_trains_them_longer(tmp_path: Path) -> None:
         (["momentum=1"], "search.momentum=1.0 is out of range"),
         (["halving=1"], "search.halving=1 would drop nobody"),
         (["halving=2", "proxy=params"], "search.halving=2 begins with proxy=distilled"),
+        (["halving=3", "candidates=9", "best=5"], "search.halving=3 keeps 3 of 9 candidates, no more than best=5: there would"),
+        (["preset=mnist_random"], "preset=mnist_random is for python launch/local.py; it is nothing for launch/search.py"),
+        (["preset=mnist_experts"], "preset=mnist_experts is for python launch/experts.py; it is nothing for launch/search.py"),
+        (["seed=1,2"], "search.seed=1,2 lists several values: one is taken here; start once for each"),
         (["truth=test"], "search.truth=test is no file; allowed: train, none, or a JSON file"),
         (["coreset=herding"], "search.coreset=herding is unknown"),
         (["proxy=distilled", "coreset=kcenter"], "search.coreset is not read here: it belongs to proxy=coreset"),

@@ -54,6 +54,9 @@ class Search:
         self.folder, self.results = folder, Results(folder / "results", self.space)
         self.known = known_truth(c.truth)
         self.candidates = self._drawn()
+        if c.halving and (kept := len(self.candidates) // c.halving) <= c.best:
+            raise UserError(f"search.halving={c.halving} keeps {kept} of {len(self.candidates)} candidates, no more than "
+                            f"best={c.best}: there would be no round; lower either, or give more candidates")  # fmt: skip
 
     def key(self, index: int) -> str:
         """The canonical name of a candidate."""
@@ -136,10 +139,15 @@ def known_truth(given: str) -> dict[str, tuple[float, ...]] | None:
         return None
     try:
         found = json.loads(Path(given).expanduser().read_text())
-        table = {str(k): tuple(map(float, v if isinstance(v, list) else [v])) for k, v in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{given} is not a JSON file of {{architecture: accuracy or list of accuracies}}") from None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{given} is not a JSON file of {{architecture: accuracy or list of accuracies}}")
+    if len(found) < 2:
+        raise UserError(f"{given} holds too few accuracies to compare ({len(found)}); give those of 2 architectures or more")
+    table = {key: v if isinstance(v, list) else [v] for key, v in found.items()}
     for key, values in table.items():
-        if not values or not all(0 <= v <= 1 for v in values):
-            raise UserError(f"{given}: {key} has {list(values)}; accuracies are fractions, from 0 to 1, one or more each")
-    return table
+        # True is a number to Python, and a whole number may be too long for a float.
+        if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values):
+            raise UserError(f"{given}: {key} has {str(values)[:60]}; accuracies are fractions, from 0 to 1, one or more each")
+    return {key: tuple(map(float, values)) for key, values in table.items()}

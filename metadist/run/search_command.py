@@ -152,7 +152,7 @@ def search(argv: Sequence[str]) -> int:
         from metadist.run.cluster.search import submit
 
         return submit(words)
-    config = compose([w for w in words if w != "cluster=local"], here, judge)
+    config = compose([w for w in words if w != "cluster=local"], here, judge, "search")
     if "--cfg" in flags:
         print(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), end="")
         return 0

@@ -106,7 +106,7 @@ def reason(error: BaseException) -> str:
 
 def _free(bench: Bench, space: Space, kind: str, index: int) -> Measured:
     began, data = time.perf_counter(), bench.data
-    score = free.score(kind, space, index, data.channels, data.size, len(data.classes), bench.seed)
+    score = free.score(kind, space, index, data.channels, data.size, len(data.classes), bench.seed, bench.init)
     return Measured(score, None, time.perf_counter() - began, 0)
 
 

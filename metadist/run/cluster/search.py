@@ -21,7 +21,7 @@ def submit(words: Sequence[str]) -> int:
     from metadist.run.search_folder import open_folder
     from metadist.run.search_job import outcome
 
-    config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True))
+    config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True), "search")
     folder, search = opened(config)
     job = Job(
         folder,
