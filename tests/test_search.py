@@ -434,6 +434,31 @@ def test_synflow_draws_its_weights_as_it_is_told(tmp_path: Path) -> None:
     assert len(scores) == 3
 
 
+def test_who_is_added_is_grouped_apart_and_nobody_is_trained_again(tmp_path: Path) -> None:
+    """Tasks that lack something lack all of it, as whole groups are trained; once opened, as well where a start was killed."""
+
+    def opened(count: int) -> Search:
+        config = configured(f"candidates={count}")
+        open_folder(config, tmp_path, count)
+        return Search(config, tmp_path)
+
+    def tasks(search: Search) -> list[tuple[int, ...]]:
+        return [t.indices for t in search.tasks("truth", search.candidates) if t.repeat == 0]
+
+    few = opened(60)
+    assert max(map(len, tasks(few))) > 1
+    for part in tasks(few)[:-5]:  # killed before the last five
+        for i in part:
+            few.results.put("truth", 0, i, Measured(0.5, None, 1.0, 1))
+    many = opened(120)
+    lacking = {t.indices: many.missing(t) for t in many.tasks("truth", many.candidates) if t.repeat == 0}
+    assert all(not lost or lost == list(part) for part, lost in lacking.items())
+    assert tasks(few) == tasks(many)[: len(tasks(few))] and sum(map(len, tasks(many))) == 120
+    assert tasks(opened(60)) == tasks(few) and tasks(opened(120)) == tasks(many) == tasks(
+        Search(configured("candidates=120"), tmp_path)
+    )
+
+
 def test_more_is_added_to_what_is_there(tmp_path: Path) -> None:
     """Candidates, seeds and proxies: what was found stays, and is what a larger search from nothing finds."""
     small = ["proxy=params,distilled", "candidates=2", "seeds=1", "epochs=1"]
@@ -470,7 +495,7 @@ def test_the_first_start_says_how_many_threads_a_worker_has(words: list[str], th
 
     def threads_of(*words: str) -> int:
         config = compose(translated([*plain, *words]), lambda config: None, judge)
-        return open_folder(config, tmp_path / "o").threads
+        return open_folder(config, tmp_path / "o", 5).threads
 
     assert threads_of(*words) == threads_of() == threads_of("workers=3") == threads_of(f"threads={threads}") == threads
     assert configuration(tmp_path / "o").threads == threads
@@ -605,7 +630,7 @@ def test_halving_keeps_the_best_and_trains_them_longer(tmp_path: Path) -> None:
         (["net=lenet"], "net is not read here: it belongs to launch/local.py"),
         (["inner.steps=3"], "inner.steps is not read here: it belongs to launch/local.py"),
         (["nodes=4"], "cluster.nodes is not read here: it belongs to cluster=slurm"),
-        (["workers=99"], "workers=99 is more than the"),
+        (["workers=99"], "workers=99 is more than the 50 tasks; give workers 1 to 50, or more candidates or seeds"),
         (["data.augment=flip"], "data.augment=flip mirrors images"),
         (["json=yes"], "json=yes is neither json=true nor json=false"),
         (["sets=x"], "sets=x: there is no key 'sets'"),
@@ -619,7 +644,12 @@ def test_a_mistake_is_one_line(words: list[str], line: str, tmp_path: Path, caps
     assert main(list(every.values())) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {line}") and err.count("\n") == 1, err
-    assert not results(tmp_path / "o")
+    assert not (tmp_path / "o").exists()  # checked before anything is made
+
+
+def test_more_workers_than_tasks_of_several_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*KILLING, "workers=3", f"out={tmp_path / 'o'}"]) == 2
+    assert "more than the 1 tasks; give workers 1 to 1, or a smaller search.group than 16" in capsys.readouterr().err
 
 
 def test_a_space_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -631,6 +661,8 @@ def test_a_space_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_another_search_in_the_folder_is_refused(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (alone / "search.json").read_bytes()
+    assert main([*WORDS, "width=8", f"out={alone}"]) == 2  # whose architectures have other names
+    assert "holds another search (width: 4 -> 8; recorded -> given)" in capsys.readouterr().err
     assert main([*WORDS, "lr=.5", f"out={alone}"]) == 2
     err = capsys.readouterr().err
     assert "holds another search (lr: 0.01 -> 0.5; recorded -> given)" in err and err.count("\n") == 1

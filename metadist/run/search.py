@@ -1,7 +1,8 @@
 """A configuration's architecture search: what there is to do, in which order.
 
 Design choices
-- Candidates are the first of one drawn order, so more of them are added to those that are there.
+- Candidates are the first of one drawn order, so more of them are added to those that are there. Those that a later start adds
+  are grouped among themselves: groups that are done stay as they are, and nobody is trained again to be beside a newcomer.
 - A task is (way, seed, candidates of one shape), done when every one of these has its file; metadist.run.queue has the tasks
   done by any number of workers. What comes next (a round of halving, the best in full) is read off the files of what came
   before.
@@ -10,6 +11,7 @@ Design choices
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from metadist import draw
 from metadist.config import Config
 from metadist.config_search import FREE
 from metadist.errors import UserError
+from metadist.run.search_folder import record
 from metadist.run.search_results import Results
 from metadist.search.space import grouped, open_space
 
@@ -48,7 +51,7 @@ class Search:
     """A configuration's candidates and tasks. Raises UserError for a space or a truth that can't be."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """Open the space and draw the candidates; nothing is read from the folder yet."""
+        """Open the space and draw the candidates; of the folder nothing is read yet."""
         c = self.config = config.search
         self.space: Space = open_space(c.space, c.width, c.cells)
         self.folder, self.results = folder, Results(folder / "results", self.space)
@@ -86,8 +89,17 @@ class Search:
 
     def tasks(self, way: str, indices: Sequence[int]) -> list[Task]:
         """Of a way, for these candidates."""
-        groups = grouped(self.space, indices, self.config.group)
+        waves: dict[int, list[int]] = {}
+        for i in indices:
+            waves.setdefault(self._wave[i], []).append(i)
+        groups = [group for _, wave in sorted(waves.items()) for group in grouped(self.space, wave, self.config.group)]
         return [Task(way, repeat, tuple(group)) for repeat in range(self.repeats(way)) for group in groups]
+
+    @functools.cached_property
+    def _wave(self) -> dict[int, int]:
+        """Which start has added a candidate."""
+        ends = record(self.folder).get("waves", [])
+        return {i: bisect.bisect_right(ends, place) for place, i in enumerate(self.candidates)}
 
     def count(self) -> int:
         """How many tasks can be done from the beginning."""

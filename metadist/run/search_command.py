@@ -46,7 +46,7 @@ from metadist.run.compose import compose
 from metadist.run.crew import together, worker
 from metadist.run.guard import guarded
 from metadist.run.search import Search
-from metadist.run.search_folder import configuration, open_folder, search_dir
+from metadist.run.search_folder import configuration, open_folder, refuse_other, search_dir
 from metadist.run.signals import Stop, stop_status
 from metadist.run.unread import unread_by_search
 
@@ -77,11 +77,16 @@ def translated(argv: Sequence[str]) -> list[str]:
 
 def start(config: Config, as_json: bool = False) -> int:
     """Workers on this machine, until everything is done; the exit status."""
+    from metadist.run.search_set import precheck
+
     folder, search = opened(config)
     other = sys.stderr if as_json else None  # where progress goes, None: as everything
     out = other or sys.stdout
-    config = open_folder(config, folder)
-    if not search.finished():
+    finished = search.finished()
+    if not finished:
+        precheck(config)
+    config = open_folder(config, folder, len(search.candidates))
+    if not finished:
         count, threads = config.workers, config.threads
         who = f"{count} worker{'s' if count > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}"
         ways = [*config.search.proxy, *(["truth"] if config.search.truth == "train" else [])]
@@ -103,10 +108,14 @@ def start(config: Config, as_json: bool = False) -> int:
 def opened(config: Config) -> tuple[Path, Search]:
     """The folder and the search. Raises UserError, also for more workers than tasks."""
     folder = search_dir(config)
+    refuse_other(config, folder)
     search = Search(config, folder)
     if config.workers > (tasks := search.count()):
-        raise UserError(f"workers={config.workers} is more than the {tasks} tasks; give workers 1 to {tasks}, or a smaller "
-                        f"search.group than {config.search.group}")  # fmt: skip
+        singles = sum(search.repeats(way) * len(indices) for way, indices in next(search.phases()).items())
+        other = (
+            f"a smaller search.group than {config.search.group}" if singles >= config.workers else "more candidates or seeds"
+        )
+        raise UserError(f"workers={config.workers} is more than the {tasks} tasks; give workers 1 to {tasks}, or {other}")
     return folder, search
 
 

@@ -3,8 +3,8 @@
 Design choices
 - It is named by the hash of everything that a candidate's number depends on. How many candidates, seeds and proxies there are
   is not part of it: more of them are added to those that are there.
-- search.json holds that recipe, the configuration of the latest start, and what the machine decides, resolved once: the threads
-  of a worker. Sums in another order are other numbers, so the first start's threads are those of every worker after it.
+- search.json holds that recipe, the configuration of the latest start, and what is resolved once as sums in another order are
+  other numbers: the threads of a worker, and how many candidates there were before a start added more (see search.Search).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def search_dir(config: Config) -> Path:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What search.json holds; nothing where there is none."""
+    """What search.json holds; nothing where there is none. Older ones, which say less, are of another recipe."""
     path = folder / FILE
     return dict(json.loads(path.read_text())) if path.is_file() else {}
 
@@ -65,26 +65,38 @@ def configuration(folder: Path) -> Config:
     return config_from_dict(record(folder)["config"])
 
 
-def open_folder(config: Config, folder: Path) -> Config:
-    """Make the folder of a search, and leave there what its workers read: the configuration with what the machine decides.
-
-    Raises UserError if it is another's.
-    """
+def refuse_other(config: Config, folder: Path) -> None:
+    """Raises UserError for the folder of a run, or of another search."""
     if (folder / "config.json").exists():
         raise UserError(f"out={folder} is a run's folder; give another")
+    if known := record(folder):
+        wanted = _plain(recipe(config)) | {"threads": config.threads or known.get("threads")}
+        _same(folder, known["recipe"] | {"threads": known.get("threads")}, wanted)
+
+
+def open_folder(config: Config, folder: Path, candidates: int) -> Config:
+    """Make the folder of a search, and leave there what its workers read: the configuration with what the machine decides.
+
+    candidates: how many there are. Raises UserError if it is another's.
+    """
+    refuse_other(config, folder)
     known = record(folder)
     threads = known.get("threads") or config.threads or config.cluster.cpus_per_task
-    wanted: dict[str, Any] = json.loads(json.dumps(recipe(config)))
-    if known:
-        _same(folder, known["recipe"] | {"threads": threads}, wanted | {"threads": config.threads or threads})
+    config, waves = dataclasses.replace(config, threads=threads), known.get("waves", [])
+    if not waves or waves[-1] < candidates:
+        waves = [*waves, candidates]
+    made = {"recipe": recipe(config), "threads": threads, "waves": waves, "config": dataclasses.asdict(config)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"out={folder} can't be made ({e.strerror}); give another") from None
-    config = dataclasses.replace(config, threads=threads)
-    made = {"recipe": wanted, "threads": threads, "config": dataclasses.asdict(config)}
     atomic_write(folder / FILE, (json.dumps(made, indent=1, sort_keys=True) + "\n").encode())
     return config
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    return dict(json.loads(json.dumps(value)))
 
 
 def _same(folder: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:

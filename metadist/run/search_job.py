@@ -15,8 +15,6 @@ import torch
 from metadist import data as data_room
 from metadist.config import Config
 from metadist.config_search import FREE
-from metadist.data import Data
-from metadist.errors import UserError
 from metadist.evaluate import fitting
 from metadist.evaluate.plan import Plan
 from metadist.evaluate.recipe import Recipe
@@ -31,7 +29,7 @@ from metadist.search.table import Outcome, Table
 from metadist.search.training import Measured, measure
 from metadist.search.ways import Bench, cost
 from metadist.store import atomic_write, clean
-from metadist.synthetic.distilled import DistilledSet, load
+from metadist.synthetic.distilled import load
 
 _SAY_S = 10.0  # between two lines
 SUMMARY = "summary.json"
@@ -47,7 +45,8 @@ def prepare(config: Config, folder: Path) -> Bench:
     recipe, dset = None, None
     if c.set is not None:
         dset = load(c.set)
-        data = _fitted(config, dset, data)
+        search_set.check(config, dset, data)
+        data = fitting.aligned(data, dset.normalization)
         recipe = Recipe.of(dset, dtype, device)
     clean(folder)
     optimizer = Optimizer("momentum" if c.momentum else "sgd")
@@ -60,17 +59,6 @@ def prepare(config: Config, folder: Path) -> Bench:
         if way not in FREE:
             cost(bench, way)  # draws the subsets: what can't be drawn is a mistake to be told before any work
     return bench
-
-
-def _fitted(config: Config, dset: DistilledSet, data: Data) -> Data:
-    fitting.check(dset, data)
-    search_set.check_split(config, dset)
-    fixed = dset.theta0 is not None or "theta0_recipe" in dset.manifest
-    if fixed and "distilled" in config.search.proxy and not config.search.set_lr:
-        net = dset.manifest.get("net", {}).get("name", "net")
-        raise UserError(f"set={config.search.set} was made for one initialization of {net}: other networks learn nothing by "
-                        "its recorded steps; give a set for any initialization, or set_lr=<rate>")  # fmt: skip
-    return fitting.aligned(data, dset.normalization)
 
 
 def work(config: Config, folder: Path, attempts: Attempts, patient: bool = True) -> bool:

@@ -1,4 +1,4 @@
-"""What is known of the distilled set that a search trains on beside its images: what it cost, and what it was learned from.
+"""What is known of the distilled set that a search trains on beside its images: cost, what it was learned from, what it fits.
 
 Images that judge the proxies must not be among those that the set was learned from: it would be good at these very ones.
 """
@@ -6,12 +6,47 @@ Images that judge the proxies must not be among those that the set was learned f
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from metadist import data as data_room
 from metadist.config import Config
+from metadist.data import Data
 from metadist.errors import UserError
+from metadist.evaluate import fitting
 from metadist.synthetic.distilled import SPLIT, DistilledSet, load
+
+
+def precheck(config: Config, elsewhere: bool = False) -> None:
+    """Hold the set against a few of the data before a folder is made. Raises UserError.
+
+    elsewhere: the search is for other machines, which may have data that are not here: that is said, and no mistake.
+    """
+    if config.search.set is None:
+        return
+    dset = load(config.search.set)
+    try:
+        few = data_room.load(config.data, torch.device("cpu"), torch.float32, config.cache_dir, smoke=True)
+    except UserError as e:
+        if not elsewhere:
+            raise
+        print(f"note: data={config.data.name} can't be read here, the nodes must have it ({e})", file=sys.stderr)
+        return
+    check(config, dset, few)
+
+
+def check(config: Config, dset: DistilledSet, data: Data) -> None:
+    """Raises UserError for a set that doesn't fit the data, or can't train what the search trains."""
+    fitting.check(dset, data)
+    check_split(config, dset)
+    fixed = dset.theta0 is not None or "theta0_recipe" in dset.manifest
+    if fixed and "distilled" in config.search.proxy and not config.search.set_lr:
+        net = dset.manifest.get("net", {}).get("name", "net")
+        raise UserError(f"set={config.search.set} was made for one initialization of {net}: other networks learn nothing by "
+                        "its recorded steps; give a set for any initialization, or set_lr=<rate>")  # fmt: skip
 
 
 def check_split(config: Config, dset: DistilledSet) -> None:

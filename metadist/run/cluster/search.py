@@ -20,16 +20,23 @@ def submit(words: Sequence[str]) -> int:
     from metadist.run.search_command import judge, opened
     from metadist.run.search_folder import open_folder
     from metadist.run.search_job import outcome
+    from metadist.run.search_set import precheck
 
     config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True), "search")
     folder, search = opened(config)
+
+    def open_() -> None:
+        if not search.finished():
+            precheck(config, elsewhere=True)
+        open_folder(config, folder, len(search.candidates))
+
     job = Job(
         folder,
         "out",
         "metadist.run.cluster.search",
         "search",
         search.count(),
-        lambda: open_folder(config, folder),
+        open_,
         lambda: str(outcome(config, folder)["text"]) if search.finished() else None,
     )
     return submit_array(words, config, job)
