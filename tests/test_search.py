@@ -32,10 +32,10 @@ from metadist.metagrad.optimizers import Optimizer
 from metadist.nets.loss import cross_entropy_loss
 from metadist.run.attempts import Attempts
 from metadist.run.compose import compose
-from metadist.run.search import Search
+from metadist.run.search import Search, Task
 from metadist.run.search_command import judge, main, translated
 from metadist.run.search_folder import configuration, open_folder, recipe
-from metadist.run.search_job import KILLED, prepare
+from metadist.run.search_job import KILLED, _do, marks, prepare
 from metadist.run.search_results import Results
 from metadist.search import free, training
 from metadist.search.convnets import Convnets
@@ -354,6 +354,10 @@ def test_who_killed_alone_is_not_tried_again(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / f"o/queue/{task.name}.begun").write_text(json.dumps({"killed": 2, "part": 1}))
     assert len(task.indices) == 3 and main(words) == 0
     assert killer_has_failed(tmp_path / "o", capsys.readouterr().out)
+    # By another seed it isn't tried, and the others do without it.
+    again = Task("params", 1, task.indices)
+    _do(search, prepare(config, tmp_path / "o"), again, lambda way: None, marks(tmp_path / "o"))
+    assert not search.missing(again) and search.results.of("params", 1, 1).failed == KILLED
 
 
 @pytest.mark.slow

@@ -95,14 +95,14 @@ def marks(folder: Path) -> Attempts:
 
 def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None], attempts: Attempts) -> None:
     """What is missing of a task. One that has killed two processes is done one by one: who kills then has failed."""
-    results, alone = search.results, attempts.killed(task.name) >= PATIENCE
+    results, solo = search.results, attempts.killed(task.name) >= PATIENCE
+    lost = [i for i in search.missing(task) if any(o.failed == KILLED for o in results.known(task.way, i))]  # by another seed
     for index in search.missing(task):
-        if index == attempts.suspect(task.name) or any(o.failed == KILLED for o in results.known(task.way, index)):
+        if index in lost or (solo and index == attempts.suspect(task.name)):
             results.put(task.way, task.repeat, index, Measured(None, KILLED, 0.0, 0))
-            alone = True
     wanted = search.missing(task)
-    for part in [(i,) for i in wanted] if alone else [task.indices]:
-        with attempts.begun(task.name, part[0] if alone else None):
+    for part in [(i,) for i in wanted] if solo or lost else [task.indices]:
+        with attempts.begun(task.name, part[0] if solo else None):
             own = [i for i in wanted if i in part]
             for index, found in measure(bench, search.space, task.way, task.repeat, part, own):
                 results.put(task.way, task.repeat, index, found)
