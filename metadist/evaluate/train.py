@@ -136,8 +136,7 @@ def standard(
 
     def train(theta: Tensor, keys: Tensor, *own: Tensor) -> Tensor:
         state = optimizer.init(theta)
-        order = itertools.islice(_order(keys, size, batch, -(-steps // each)), steps)
-        for t, (key, rows) in enumerate(_cut(order, images) if images else order):
+        for t, (key, rows) in enumerate(_cut(itertools.islice(_order(keys, size, batch, -(-steps // each)), steps), images)):
             if t == anew:
                 state = optimizer.init(state[0])
             rows = own[0].gather(1, rows) if own else rows
@@ -174,11 +173,12 @@ def _order(keys: Tensor, size: int, batch: int, epochs: int) -> Iterator[tuple[T
 
 
 def _cut(order: Iterable[tuple[Tensor, Tensor]], images: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The steps that show a network its first ``images``, the last one cut to what is left."""
+    """The steps that show a network its first ``images``, the last one cut to what is left; 0: all steps."""
+    left = images
     for key, rows in order:
-        yield key, rows[:, :images]
-        images -= rows.shape[1]
-        if images <= 0:
+        yield key, rows[:, :left] if images else rows
+        left -= rows.shape[1]
+        if images and left <= 0:
             return
 
 
