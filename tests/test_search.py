@@ -30,12 +30,16 @@ from metadist.identity import identity_hash
 from metadist.metagrad.inner import Inner
 from metadist.metagrad.optimizers import Optimizer
 from metadist.nets.loss import cross_entropy_loss
+from metadist.run.attempts import Attempts
 from metadist.run.compose import compose
-from metadist.run.search import Search, recipe
+from metadist.run.search import Search, Task
 from metadist.run.search_command import judge, main, translated
-from metadist.run.search_job import prepare
-from metadist.search import training
-from metadist.search.training import measure
+from metadist.run.search_folder import configuration, open_folder, recipe
+from metadist.run.search_job import KILLED, _do, marks, prepare
+from metadist.run.search_results import Results
+from metadist.search import free, training
+from metadist.search.convnets import Convnets
+from metadist.search.training import Measured, measure
 from metadist.search.ways import Bench, cost, course, subset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,8 +97,19 @@ def test_every_proxy_that_trains_costs_what_the_set_does(bench: Bench) -> None:
     assert {way: cost(bench, way) for way in ("distilled", "real_steps", "random_real", "coreset")} == dict.fromkeys(
         ("distilled", "real_steps", "random_real", "coreset"), images
     )
-    assert cost(bench, "early_stop") == 128  # whole steps of full training: the nearest to 100
+    assert cost(bench, "early_stop") == images  # of a batch of 128
     assert cost(bench, "truth") == len(bench.data.train)
+
+
+@pytest.mark.parametrize(
+    "words, images",
+    [(["batch=512"], 100), (["batch=7"], 100), (["steps=1"], 10), (["batch=300", "steps=50"], 500), (["steps=900"], 1294)],
+)
+def test_the_start_of_full_training_costs_the_same_and_no_more_than_all_of_it(
+    words: list[str], images: int, tmp_path: Path
+) -> None:
+    bench = prepare(configured(*words), tmp_path)
+    assert cost(bench, "early_stop") == images <= cost(bench, "truth") == len(bench.data.train)
 
 
 @pytest.mark.parametrize("words, images", [(["steps=25"], 250), (["steps=25", "set_lr=.1"], 250), (["steps=4"], 40)])
@@ -104,7 +119,7 @@ def test_steps_set_the_cost_of_all(words: list[str], images: int, tmp_path: Path
 
 
 def test_images_are_counted_as_they_are_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a loss that counts: full training has passes whose last batch is smaller, early stopping leaves within one."""
+    """By a loss that counts: full training has passes whose last batch is smaller, early stopping cuts its last batch."""
     space = Search(configured(), Path()).space
     seen: list[int] = []
     real = cross_entropy_loss
@@ -148,12 +163,13 @@ def test_early_stopping_is_the_beginning_of_full_training(tmp_path: Path) -> Non
     bench, search = prepare(config, tmp_path), Search(config, tmp_path)
     c = course(bench, "early_stop", 0)
     each = -(-len(bench.data.train) // 64)
-    assert (c.steps, c.until, c.images) == (4 * each, 9, 9 * 64)
+    assert (c.steps, c.images) == (4 * each, 600)
     group = training._group(bench, search.space, (number(search, "d2-w4-group-leaky-max"),))
     keys = draw.key(0, "k", 0, torch.tensor([3]))
     theta0 = group.learner.init(keys)
     theta, _, _ = training._way(bench, group.learner, "early_stop", 0, theta0, keys)
-    rows = draw.permutation(draw.split(draw.split(keys, 0), 0), len(c.x))[0].split(64)[:9]
+    rows = draw.permutation(draw.split(draw.split(keys, 0), 0), len(c.x))[0][:600].split(64)
+    assert [len(batch) for batch in rows] == [64] * 9 + [24]
     own, velocity = theta0[0].clone(), torch.zeros_like(theta0[0])
     for batch in rows:
         own.requires_grad_()
@@ -248,6 +264,23 @@ def test_who_fails_says_why_and_stops_nobody(tmp_path: Path, capsys: pytest.Capt
     for key in ("small", "raises", "memory", "nan"):
         assert re.search(rf"\b{key}\b", said)
     assert "needs images of 99 pixels" in said
+    full = {r["architecture"]: r for k, r in results(tmp_path / "o").items() if k.startswith("results/truth/")}
+    assert {k for k, r in full.items() if r["score"] is None} == {"small", "raises", "memory"}
+    # Who has trained such a network has one that guesses among ten classes.
+    assert (full["nan"]["score"], full["nan"]["failed"]) == (0.1, training.NOT_FINITE)
+    assert "left out: 3; 1 diverged: such a training counts as a network that guesses" in said.replace("\n", " ")
+    report = json.loads((tmp_path / "o/report.json").read_text())
+    assert next(c for c in report["candidates"] if c["key"] == "nan")["truth_seeds"] == [0.1, 0.1]
+
+
+def test_one_diverged_seed_is_one_guess_in_the_mean(tmp_path: Path) -> None:
+    found = Results(tmp_path, Odd())
+    seeds = (Measured(0.9, None, 1, 100), Measured(0.1, training.NOT_FINITE, 1, 100), Measured(None, "out of memory", 1, 0))
+    for repeat, measured in enumerate(seeds):
+        found.put("truth", repeat, 5, measured)
+    both, all_three = found.outcome("truth", 5, 2), found.outcome("truth", 5, 3)
+    assert (both.scores, both.mean, both.failed) == ((0.9, 0.1), 0.5, training.NOT_FINITE)
+    assert (all_three.scores, all_three.failed) == ((), "out of memory")
 
 
 def test_a_network_that_explodes_leaves_its_group_alone(tmp_path: Path) -> None:
@@ -290,6 +323,75 @@ def test_a_group_without_memory_is_tried_one_by_one(tmp_path: Path, monkeypatch:
     assert found[part[0]].failed == "out of memory" and all(found[i].failed is None for i in part[1:])
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyError("x")])
+def test_a_module_that_exits_ends_no_search(error: BaseException, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(*_: object) -> nn.Module:
+        raise error
+
+    monkeypatch.setattr(Odd, "module", module)
+    for way in ("distilled", "params"):
+        ((_, found),) = measure(bench, Odd(), way, 0, (0,), (0,))
+        assert found.score is None and str(found.failed).startswith(f"{type(error).__name__}: ")
+
+
+KILLING = ["data=digits", "space=killing.Space", "candidates=3", "proxy=params", "truth=none", "best=1", "seeds=1", "epochs=1"]
+
+
+def killer_has_failed(folder: Path, said: str) -> bool:
+    """The others have their number of parameters; nobody is marked any more."""
+    found = {r["architecture"]: (r["score"], r["failed"]) for k, r in results(folder).items() if "/params/" in k}
+    assert found == {"number-0": (650, None), "number-1": (None, KILLED), "number-2": (650, None)}
+    return f"number-1: {KILLED} (params)" in said and not list(folder.glob("queue/*.begun"))
+
+
+def test_who_killed_alone_is_not_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mark that two processes have left which were killed at the group, and one at this candidate."""
+    words = [*KILLING, "device=cpu", f"out={tmp_path / 'o'}"]
+    config = compose(translated(words), lambda config: None, judge)
+    search = Search(config, tmp_path / "o")
+    (task,) = search.tasks("params", search.candidates)
+    (tmp_path / "o/queue").mkdir(parents=True)
+    (tmp_path / f"o/queue/{task.name}.begun").write_text(json.dumps({"killed": 2, "part": 1}))
+    assert len(task.indices) == 3 and main(words) == 0
+    assert killer_has_failed(tmp_path / "o", capsys.readouterr().out)
+    # By another seed it isn't tried, and the others do without it.
+    again = Task("params", 1, task.indices)
+    _do(search, prepare(config, tmp_path / "o"), again, lambda way: None, marks(tmp_path / "o"))
+    assert not search.missing(again) and search.results.of("params", 1, 1).failed == KILLED
+
+
+@pytest.mark.slow
+def test_who_kills_its_process_has_failed_after_three_times(nursery: Nursery, tmp_path: Path) -> None:
+    """Twice in its group, once alone."""
+    words = [*KILLING, "device=cpu", f"out={tmp_path / 'o'}"]
+    assert [nursery.start(words, tmp_path, program=PROGRAM).wait() for _ in range(3)] == [-signal.SIGKILL] * 3
+    assert killer_has_failed(tmp_path / "o", nursery.run(words, tmp_path, program=PROGRAM).out)
+
+
+def test_marks_are_of_processes_that_were_killed(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    with attempts.begun("a"):
+        assert (Attempts(tmp_path).killed("a"), Attempts(tmp_path).suspect("a")) == (1, None)  # if it were killed now
+    assert attempts.killed("a") == 0 and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="orderly"), attempts.begun("a"):
+        raise ValueError("orderly")
+    assert not list(tmp_path.iterdir())
+    killed = [Attempts(tmp_path).begun("a") for _ in range(2)]
+    for times, one in enumerate(killed, 1):
+        one.__enter__()  # and nothing after
+        assert attempts.killed("a") == times
+    left = Attempts(tmp_path)
+    alone = left.begun("a", 7)
+    alone.__enter__()
+    assert (attempts.killed("a"), attempts.suspect("a")) == (2, 7)
+    left.leave()  # by a signal
+    assert (attempts.killed("a"), attempts.suspect("a")) == (2, None)
+    with left.begun("b"):  # a thread that has not yet heard of it
+        assert attempts.killed("b") == 0
+    attempts.forget("a")
+    assert attempts.killed("a") == 0
+
+
 # --- a search -----------------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +429,40 @@ def test_the_same_command_prints_it_again_and_computes_nothing(alone: Path, caps
     assert json.loads(capsys.readouterr().out) == json.loads((alone / "report.json").read_text())
 
 
+def test_synflow_draws_its_weights_as_it_is_told(tmp_path: Path) -> None:
+    space, scores = Convnets(4), set()
+    for init in ("default", "xavier", "orthogonal"):
+        ((_, found),) = measure(prepare(configured(f"init={init}"), tmp_path), space, "synflow", 0, (7,), (7,))
+        assert found.score == free.score("synflow", space, 7, 1, 8, 10, 0, init)
+        scores.add(found.score)
+    assert len(scores) == 3
+
+
+def test_who_is_added_is_grouped_apart_and_nobody_is_trained_again(tmp_path: Path) -> None:
+    """Tasks that lack something lack all of it, as whole groups are trained; once opened, as well where a start was killed."""
+
+    def opened(count: int) -> Search:
+        config = configured(f"candidates={count}")
+        open_folder(config, tmp_path, count)
+        return Search(config, tmp_path)
+
+    def tasks(search: Search) -> list[tuple[int, ...]]:
+        return [t.indices for t in search.tasks("truth", search.candidates) if t.repeat == 0]
+
+    few = opened(60)
+    assert max(map(len, tasks(few))) > 1
+    for part in tasks(few)[:-5]:  # killed before the last five
+        for i in part:
+            few.results.put("truth", 0, i, Measured(0.5, None, 1.0, 1))
+    many = opened(120)
+    lacking = {t.indices: many.missing(t) for t in many.tasks("truth", many.candidates) if t.repeat == 0}
+    assert all(not lost or lost == list(part) for part, lost in lacking.items())
+    assert tasks(few) == tasks(many)[: len(tasks(few))] and sum(map(len, tasks(many))) == 120
+    assert tasks(opened(60)) == tasks(few) and tasks(opened(120)) == tasks(many) == tasks(
+        Search(configured("candidates=120"), tmp_path)
+    )
+
+
 def test_more_is_added_to_what_is_there(tmp_path: Path) -> None:
     """Candidates, seeds and proxies: what was found stays, and is what a larger search from nothing finds."""
     small = ["proxy=params,distilled", "candidates=2", "seeds=1", "epochs=1"]
@@ -348,11 +484,27 @@ def test_three_workers_find_what_one_does(nursery: Nursery, tmp_path: Path, alon
 
 
 def test_two_workers_find_what_one_does(nursery: Nursery, tmp_path: Path, alone: Path) -> None:
-    words = [w for w in WORDS if not w.startswith("seeds")]
+    """Also where nobody has said how many threads a worker has, as in ``alone`` somebody has."""
+    words = [w for w in WORDS if not w.startswith(("seeds", "threads"))]
     proxy = "proxy=distilled,random_real,params"
     started = nursery.run([*words, "seeds=1", proxy, f"out={tmp_path / 'o'}", "workers=2"], tmp_path, program=PROGRAM)
     found, whole = results(tmp_path / "o"), results(alone)
     assert len(found) == 5 * 4 and found == {k: whole[k] for k in found} and "2 workers of 1 thread" in started.out
+
+
+@pytest.mark.parametrize("words, threads", [(["workers=1"], 1), (["workers=2"], 1), (["threads=2"], 2)])
+def test_the_first_start_says_how_many_threads_a_worker_has(words: list[str], threads: int, tmp_path: Path) -> None:
+    """And no later one, however many workers it has: on one core or many, the numbers are the same."""
+    plain = [w for w in WORDS if not w.startswith("threads")]
+
+    def threads_of(*words: str) -> int:
+        config = compose(translated([*plain, *words]), lambda config: None, judge)
+        return open_folder(config, tmp_path / "o", 5).threads
+
+    assert threads_of(*words) == threads_of() == threads_of("workers=3") == threads_of(f"threads={threads}") == threads
+    assert configuration(tmp_path / "o").threads == threads
+    with pytest.raises(UserError, match=rf"holds another search \(threads: {threads} -> 5; recorded -> given\)"):
+        threads_of("threads=5")
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
@@ -366,7 +518,7 @@ def test_killed_and_resumed_it_repeats_nothing(nursery: Nursery, tmp_path: Path,
     if status > 0:
         assert started.out.splitlines()[-1] == "stopped by SIGTERM; run the same command again to go on"
     kept = {p: p.stat().st_mtime_ns for p in out.glob("results/*/*/*.json")}
-    assert 3 <= len(kept) < 50
+    assert 3 <= len(kept) < 50 and len(list(out.glob("queue/*.begun"))) <= (status < 0)
     nursery.run([*WORDS, f"out={out}"], tmp_path, program=PROGRAM)
     assert results(out) == results(alone)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())
@@ -395,10 +547,19 @@ def test_a_file_of_accuracies_is_the_truth(tmp_path: Path, capsys: pytest.Captur
     [
         ("[1, 2]", "is not a JSON file of {architecture: accuracy or list of accuracies}"),
         ("{", "is not a JSON file of"),
-        ('{"d1-w4-none-relu-max": 93.5}', "d1-w4-none-relu-max has [93.5]; accuracies are fractions"),
-        ('{"d1-w4-none-relu-max": []}', "accuracies are fractions"),
-        ('{"resnet": 0.5}', "'resnet' is no architecture of space=convnets; one is 'd1-w4-"),
+        ("[" * 100000, "is not a JSON file of"),
+        ("{}", "holds too few accuracies to compare (0); give those of 2"),
+        ('{"d1-w4-none-relu-max": 0.5}', "holds too few accuracies to compare (1); give those of 2"),
+        ('{"d1-w4-none-relu-max": 93.5, "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has [93.5]; accuracies are fractions"),
+        ('{"d1-w4-none-relu-max": [], "d1-w4-none-relu-avg": 1}', "accuracies are fractions"),
+        ('{"d1-w4-none-relu-max": true, "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has [True]; accuracies are fractions"),
+        ('{"d1-w4-none-relu-max": "0.5", "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has ['0.5']; accuracies are"),
+        (f'{{"d1-w4-none-relu-max": {10**400}, "d1-w4-none-relu-avg": 1}}', "d1-w4-none-relu-max has [1000"),
+        ('{"d1-w4-none-relu-max": NaN, "d1-w4-none-relu-avg": 1}', "d1-w4-none-relu-max has [nan]; accuracies are"),
+        ('{"d1-w4-none-relu-max": {"a": 1}, "d1-w4-none-relu-avg": 1}', "accuracies are fractions"),
+        ('{"resnet": 0.5, "d1-w4-none-relu-avg": 1}', "'resnet' is no architecture of space=convnets; one is 'd1-w4-"),
     ],
+    ids=range(13),
 )
 def test_a_wrong_file_of_accuracies(content: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.json").write_text(content)
@@ -462,6 +623,10 @@ def test_halving_keeps_the_best_and_trains_them_longer(tmp_path: Path) -> None:
         (["momentum=1"], "search.momentum=1.0 is out of range"),
         (["halving=1"], "search.halving=1 would drop nobody"),
         (["halving=2", "proxy=params"], "search.halving=2 begins with proxy=distilled"),
+        (["halving=3", "candidates=9", "best=5"], "search.halving=3 keeps 3 of 9 candidates, no more than best=5: there would"),
+        (["preset=mnist_random"], "preset=mnist_random is for python launch/local.py; it is nothing for launch/search.py"),
+        (["preset=mnist_experts"], "preset=mnist_experts is for python launch/experts.py; it is nothing for launch/search.py"),
+        (["seed=1,2"], "search.seed=1,2 lists several values: one is taken here; start once for each"),
         (["truth=test"], "search.truth=test is no file; allowed: train, none, or a JSON file"),
         (["coreset=herding"], "search.coreset=herding is unknown"),
         (["proxy=distilled", "coreset=kcenter"], "search.coreset is not read here: it belongs to proxy=coreset"),
@@ -469,7 +634,7 @@ def test_halving_keeps_the_best_and_trains_them_longer(tmp_path: Path) -> None:
         (["net=lenet"], "net is not read here: it belongs to launch/local.py"),
         (["inner.steps=3"], "inner.steps is not read here: it belongs to launch/local.py"),
         (["nodes=4"], "cluster.nodes is not read here: it belongs to cluster=slurm"),
-        (["workers=99"], "workers=99 is more than the"),
+        (["workers=99"], "workers=99 is more than the 50 tasks; give workers 1 to 50, or more candidates or seeds"),
         (["data.augment=flip"], "data.augment=flip mirrors images"),
         (["json=yes"], "json=yes is neither json=true nor json=false"),
         (["sets=x"], "sets=x: there is no key 'sets'"),
@@ -483,7 +648,12 @@ def test_a_mistake_is_one_line(words: list[str], line: str, tmp_path: Path, caps
     assert main(list(every.values())) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {line}") and err.count("\n") == 1, err
-    assert not results(tmp_path / "o")
+    assert not (tmp_path / "o").exists()  # checked before anything is made
+
+
+def test_more_workers_than_tasks_of_several_candidates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*KILLING, "workers=3", f"out={tmp_path / 'o'}"]) == 2
+    assert "more than the 1 tasks; give workers 1 to 1, or a smaller search.group than 16" in capsys.readouterr().err
 
 
 def test_a_space_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,12 +665,37 @@ def test_a_space_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_another_search_in_the_folder_is_refused(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (alone / "search.json").read_bytes()
+    assert main([*WORDS, "width=8", f"out={alone}"]) == 2  # whose architectures have other names
+    assert "holds another search (width: 4 -> 8; recorded -> given)" in capsys.readouterr().err
     assert main([*WORDS, "lr=.5", f"out={alone}"]) == 2
     err = capsys.readouterr().err
     assert "holds another search (lr: 0.01 -> 0.5; recorded -> given)" in err and err.count("\n") == 1
     assert (alone / "search.json").read_bytes() == before
     (tmp_path / "config.json").write_text("{}")
     assert main([*WORDS, f"out={tmp_path}"]) == 2 and "is a run's folder" in capsys.readouterr().err
+
+
+class Reordered(Odd):
+    """The same architectures by other numbers."""
+
+    keys = ("better", "small", "raises", "memory", "nan", "good")
+
+
+def test_a_space_that_has_changed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished or not: nobody gets another architecture's results, and nothing is done."""
+    words = ["data=digits", "space=test_search.Odd", "candidates=6", "truth=none", "best=1", "seeds=1", "device=cpu"]
+    words += ["threads=1", "smoke=true", f"out={tmp_path / 'o'}"]
+    assert main([*words, "proxy=params"]) == 0
+    before = results(tmp_path / "o")
+    monkeypatch.setattr(sys.modules["test_search"], "Odd", Reordered)
+    capsys.readouterr()
+    for proxy in ("params", "params,flops"):
+        assert main([*words, f"proxy={proxy}"]) == 2
+        err = capsys.readouterr().err
+        assert "is of better, which is now good in search.space=odd: the space has changed; give another out" in err
+        assert err.count("\n") == 1 and results(tmp_path / "o") == before
 
 
 def test_what_is_no_part_of_a_searchs_identity() -> None:
@@ -557,8 +752,14 @@ def test_on_slurm_it_is_an_array_of_workers(slurm: Programs) -> None:
     sent = slurm(*words, "cluster=slurm", program=main)
     assert sent.code == 0, sent.err
     assert slurm.received == printed.out.encode() and re.search(r"submitted array 4711: 3 workers for \d+ tasks", sent.out)
-    assert json.loads((place / "search.json").read_text())["config"]["workers"] == 3
+    assert configuration(place).workers == 3 and configuration(place).threads == 1
     assert "out=" + str(place) in slurm(*words, "cluster=slurm", program=main, mount=True).err
+    words = [*(w for w in words if not w.startswith(("threads", "out"))), "out=y"]
+    assert slurm(*words, "cluster=slurm", program=main).code == 0
+    assert configuration(slurm.place / "y").threads == 2  # the cores that a worker has, as at the first start
+    words[words.index("cpus_per_task=2")] = "cpus_per_task=4"
+    assert slurm(*words, "cluster=slurm", program=main).code == 0
+    assert configuration(slurm.place / "y").threads == 2
 
 
 def test_a_worker_of_the_array_finishes_the_search(slurm: Programs, monkeypatch: pytest.MonkeyPatch, alone: Path) -> None:

@@ -11,7 +11,7 @@ Design choices
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def standard(
     *,
     epochs: int = 0,
     steps: int = 0,
-    until: int = 0,
+    images: int = 0,
     optimizer: Optimizer,
     lr: float,
     momentum: float = 0.9,
@@ -113,7 +113,7 @@ def standard(
 
     theta0: [n, P]. x: [N, C, H, W]; y: int64 [N] or float [N, K].
     epochs: passes; a last batch that is not full is used as it is. steps: their number, in place of epochs.
-    until: leave after so many steps, the schedule being that of all; 0: after all.
+    images: leave after so many, the last batch cut to what is left of them, the schedule being that of all; 0: after all.
     lr: rate; momentum: of "momentum", Adam's beta1; weight_decay: l2 in the loss; batch: images a step, at most N.
     keys: int64 [n, 2], one a network, for shuffling and augmentation.
     augment: of every batch anew: none | crop | flip | crop_flip | dsa:<strategy> (each network's step draws an operation, each
@@ -136,12 +136,12 @@ def standard(
 
     def train(theta: Tensor, keys: Tensor, *own: Tensor) -> Tensor:
         state = optimizer.init(theta)
-        for t, (key, rows) in enumerate(itertools.islice(_order(keys, size, batch, -(-steps // each)), until or steps)):
+        for t, (key, rows) in enumerate(_cut(itertools.islice(_order(keys, size, batch, -(-steps // each)), steps), images)):
             if t == anew:
                 state = optimizer.init(state[0])
             rows = own[0].gather(1, rows) if own else rows
-            images = _augmented(augment, key, x[rows])
-            state = run.advance(state, (images.unsqueeze(1), y[rows].unsqueeze(1)), (0,), h[t : t + 1])
+            shown = _augmented(augment, key, x[rows])
+            state = run.advance(state, (shown.unsqueeze(1), y[rows].unsqueeze(1)), (0,), h[t : t + 1])
         return state[0]
 
     keys = keys.to(theta0.device)
@@ -170,6 +170,16 @@ def _order(keys: Tensor, size: int, batch: int, epochs: int) -> Iterator[tuple[T
         key = draw.split(keys, epoch)
         for i, rows in enumerate(torch.split(draw.permutation(draw.split(key, 0), size), batch, dim=1)):
             yield draw.split(key, 1 + i), rows
+
+
+def _cut(order: Iterable[tuple[Tensor, Tensor]], images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The steps that show a network its first ``images``, the last one cut to what is left; 0: all steps."""
+    left = images
+    for key, rows in order:
+        yield key, rows[:, :left] if images else rows
+        left -= rows.shape[1]
+        if images and left <= 0:
+            return
 
 
 def seen(learner: Learner, x: Tensor, batch: int, key: Tensor) -> Tensor:

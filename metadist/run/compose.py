@@ -65,11 +65,14 @@ def _hydra() -> Iterator[GlobalHydra]:
         yield GlobalHydra.instance()
 
 
-def compose(overrides: Sequence[str] = (), place: Place | None = None, judge: Judge | None = None) -> Config:
+def compose(
+    overrides: Sequence[str] = (), place: Place | None = None, judge: Judge | None = None, program: str | None = None
+) -> Config:
     """The Config of ``preset=mnist_random steps=10 ...``.
 
     overrides: words of Hydra's grammar, one value each. place: sets what another machine decides, and judges it; the run is
     then not for this machine. judge: refuses the words that another program than a run's would not read; None: a run.
+    program: whose presets alone are taken; None: a run's, with a judge those of any.
     Raises UserError (one line) for an unknown key, option or value, a wrong type, a wrong form, or a Config that
     ``metadist.run.validate`` refuses.
     """
@@ -77,8 +80,9 @@ def compose(overrides: Sequence[str] = (), place: Place | None = None, judge: Ju
         parsed = parse(overrides, hydra.config_loader())
         for override in parsed:
             if override.is_sweep_override():
-                raise UserError(f"{override.input_line} lists several values: put -m in front to run each of them")
-        return _config(plain(parsed), place=place, judge=judge)
+                mend = "put -m in front to run each of them" if judge is None else "one is taken here; start once for each"
+                raise UserError(f"{override.input_line} lists several values: {mend}")
+        return _config(plain(parsed), place=place, judge=judge, program=program)
 
 
 def expand(overrides: Sequence[str], place: Place | None = None) -> list[Point]:
@@ -104,11 +108,19 @@ def _point(fixed: Sequence[Override], swept: Sequence[Override], values: Sequenc
     return Point(tuple(words), chosen, _config(plain(parse(words)), not swept, place))
 
 
-def _config(words: list[str], strict: bool = True, place: Place | None = None, judge: Judge | None = None) -> Config:
+def _config(
+    words: list[str],
+    strict: bool = True,
+    place: Place | None = None,
+    judge: Judge | None = None,
+    program: str | None = None,
+) -> Config:
     schema = _compose(words)
-    if schema.program != "local" and judge is None:
-        preset = next((w for w in words if w.startswith("preset=")), "this preset")
-        raise UserError(f"{preset} is for python launch/{schema.program}.py; it makes no distilled set")
+    wanted = program or ("local" if judge is None else schema.program)
+    preset = next((w for w in words if w.startswith("preset=")), None)
+    if preset is not None and schema.program != wanted:
+        what = "makes no distilled set" if wanted == "local" else f"is nothing for launch/{wanted}.py"
+        raise UserError(f"{preset} is for python launch/{schema.program}.py; it {what}")
     if schema.smoke:
         schema = _compose([*schema.smoke_overrides, *words])
     config = Config(**{f.name: getattr(schema, f.name) for f in dataclasses.fields(Config)})

@@ -61,6 +61,7 @@ def about(config: Config, state: MetaState, exchange: Exchange, minutes: float) 
         "skipped": state.skipped,
         "rollbacks": state.rollbacks,
         "minutes": round(minutes, 2),
+        "seconds": 60 * minutes,
         "workers": exchange.workers,
         "version": metadist.__version__,
         "environment": environment(),

@@ -1,8 +1,8 @@
-"""A configuration's architecture search: what it depends on, where it lies, what there is to do, in which order.
+"""A configuration's architecture search: what there is to do, in which order.
 
 Design choices
-- Its folder is named by the hash of everything that a candidate's number depends on. How many candidates, seeds and proxies
-  there are is not part of it: candidates are the first of one drawn order, so more of them are added to those that are there.
+- Candidates are the first of one drawn order, so more of them are added to those that are there. Those that a later start adds
+  are grouped among themselves: groups that are done stay as they are, and nobody is trained again to be beside a newcomer.
 - A task is (way, seed, candidates of one shape), done when every one of these has its file; metadist.run.queue has the tasks
   done by any number of workers. What comes next (a round of halving, the best in full) is read off the files of what came
   before.
@@ -11,58 +11,26 @@ Design choices
 
 from __future__ import annotations
 
-import dataclasses
+import bisect
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from metadist import draw
 from metadist.config import Config
 from metadist.config_search import FREE
 from metadist.errors import UserError
-from metadist.run.experts import data_recipe
+from metadist.run.search_folder import record
 from metadist.run.search_results import Results
 from metadist.search.space import grouped, open_space
 
 if TYPE_CHECKING:
     from metadist.search.space import Space
 
-VERSION = 1  # of the maker: raised by any change that alters a candidate's number
-CIRCUMSTANCE = ("set", "truth", "candidates", "seeds", "proxy_seeds", "draws", "proxy", "best", "group")
 SUBSETS, HALVING = ("random_real", "coreset"), "halving-"
-FILE = "search.json"
-
-
-def recipe(config: Config) -> dict[str, Any]:
-    """Everything that the number of a candidate depends on, JSON-able. Raises UserError if set or data are not there."""
-    from metadist.synthetic.distilled import find
-
-    c = config.search
-    own = {k: v for k, v in dataclasses.asdict(c).items() if k not in CIRCUMSTANCE}
-    files = {"set": find(c.set) if c.set is not None else None, "truth": None}
-    if c.truth not in ("train", "none"):
-        files["truth"] = Path(c.truth).expanduser()
-    made = {
-        "search": VERSION,
-        **{f"data.{k}": v for k, v in data_recipe(config).items()},
-        **own,
-        **{name: hashlib.sha256(path.read_bytes()).hexdigest() if path else None for name, path in files.items()},
-        "dtype": config.engine.dtype,
-        "precision": config.engine.precision,
-    }
-    return {**made, "smoke": True} if config.smoke else made  # trained on a few images only
-
-
-def search_dir(config: Config) -> Path:
-    """The folder of a search, be it there or not: run_dir, or runs/search-<space>-<data>-<8 hex of its recipe>."""
-    if config.run_dir is not None:
-        return Path(config.run_dir).expanduser().absolute()
-    key = hashlib.sha256(json.dumps(recipe(config), sort_keys=True).encode()).hexdigest()
-    return Path(f"runs/search-{config.search.space}-{config.data.name}-{key[:8]}").absolute()
 
 
 @dataclass(frozen=True)
@@ -83,12 +51,15 @@ class Search:
     """A configuration's candidates and tasks. Raises UserError for a space or a truth that can't be."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        """Open the space and draw the candidates; nothing is read from the folder yet."""
+        """Open the space and draw the candidates; of the folder nothing is read yet."""
         c = self.config = config.search
-        self.folder, self.results = folder, Results(folder / "results")
         self.space: Space = open_space(c.space, c.width, c.cells)
+        self.folder, self.results = folder, Results(folder / "results", self.space)
         self.known = known_truth(c.truth)
         self.candidates = self._drawn()
+        if c.halving and (kept := len(self.candidates) // c.halving) <= c.best:
+            raise UserError(f"search.halving={c.halving} keeps {kept} of {len(self.candidates)} candidates, no more than "
+                            f"best={c.best}: there would be no round; lower either, or give more candidates")  # fmt: skip
 
     def key(self, index: int) -> str:
         """The canonical name of a candidate."""
@@ -118,8 +89,17 @@ class Search:
 
     def tasks(self, way: str, indices: Sequence[int]) -> list[Task]:
         """Of a way, for these candidates."""
-        groups = grouped(self.space, indices, self.config.group)
+        waves: dict[int, list[int]] = {}
+        for i in indices:
+            waves.setdefault(self._wave[i], []).append(i)
+        groups = [group for _, wave in sorted(waves.items()) for group in grouped(self.space, wave, self.config.group)]
         return [Task(way, repeat, tuple(group)) for repeat in range(self.repeats(way)) for group in groups]
+
+    @functools.cached_property
+    def _wave(self) -> dict[int, int]:
+        """Which start has added a candidate."""
+        ends = record(self.folder).get("waves", [])
+        return {i: bisect.bisect_right(ends, place) for place, i in enumerate(self.candidates)}
 
     def count(self) -> int:
         """How many tasks can be done from the beginning."""
@@ -153,9 +133,9 @@ class Search:
         return [i for i in task.indices if not self.results.has(task.way, task.repeat, i)]
 
     def finished(self) -> bool:
-        """Whether everything is done."""
+        """Whether everything is done. All files of a phase are read: a space that has changed is seen before any work."""
         for phase in self.phases():
-            if any(self.missing(t) for way, indices in phase.items() for t in self.tasks(way, indices)):
+            if sum(len(self.missing(t)) for way, indices in phase.items() for t in self.tasks(way, indices)):
                 return False
         return True
 
@@ -171,10 +151,15 @@ def known_truth(given: str) -> dict[str, tuple[float, ...]] | None:
         return None
     try:
         found = json.loads(Path(given).expanduser().read_text())
-        table = {str(k): tuple(map(float, v if isinstance(v, list) else [v])) for k, v in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{given} is not a JSON file of {{architecture: accuracy or list of accuracies}}") from None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{given} is not a JSON file of {{architecture: accuracy or list of accuracies}}")
+    if len(found) < 2:
+        raise UserError(f"{given} holds too few accuracies to compare ({len(found)}); give those of 2 architectures or more")
+    table = {key: v if isinstance(v, list) else [v] for key, v in found.items()}
     for key, values in table.items():
-        if not values or not all(0 <= v <= 1 for v in values):
-            raise UserError(f"{given}: {key} has {list(values)}; accuracies are fractions, from 0 to 1, one or more each")
-    return table
+        # True is a number to Python, and a whole number may be too long for a float.
+        if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values):
+            raise UserError(f"{given}: {key} has {str(values)[:60]}; accuracies are fractions, from 0 to 1, one or more each")
+    return {key: tuple(map(float, values)) for key, values in table.items()}

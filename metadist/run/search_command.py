@@ -15,10 +15,14 @@ proxies: distilled    the set's recorded steps, or with set_lr=<rate> ordinary t
          real_steps   as many images of the real data         early_stop   the start of full training, as many images
          random_real  as many random real images, as long     coreset      as many k-means centroids or k-center images
          params flops synflow    no training
+A set must have been made by the same data.validation, split_seed, fraction and exclude, else it may have been learned from
+images that judge the proxies. One that doesn't say (digits-10, mnist-*, older runs) is taken, and the report has a line on it.
+
 keys: set space width cells candidates proxy seeds proxy_seeds epochs lr momentum weight_decay batch schedule steps set_lr draws
 coreset group best truth halving seed init (all of them search.*), data data.* preset smoke out json, workers threads device
 cache_dir, engine.dtype engine.precision engine.compile; with cluster=slurm those of launch/slurm.py.
-`python launch/local.py --help` says what each of them means.
+`python launch/local.py --help` says what each of them means. threads, of each worker, is 1 (on SLURM cpus_per_task) unless the
+first start says otherwise: it is recorded, and every worker of the search has as many.
 """
 
 from __future__ import annotations
@@ -31,7 +35,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -41,9 +44,9 @@ from metadist.errors import UserError, unknown
 from metadist.run import validate_machine, validate_search
 from metadist.run.compose import compose
 from metadist.run.crew import together, worker
-from metadist.run.environment import cores
 from metadist.run.guard import guarded
-from metadist.run.search import FILE, Search, recipe, search_dir
+from metadist.run.search import Search
+from metadist.run.search_folder import configuration, open_folder, refuse_other, search_dir
 from metadist.run.signals import Stop, stop_status
 from metadist.run.unread import unread_by_search
 
@@ -74,12 +77,17 @@ def translated(argv: Sequence[str]) -> list[str]:
 
 def start(config: Config, as_json: bool = False) -> int:
     """Workers on this machine, until everything is done; the exit status."""
+    from metadist.run.search_set import precheck
+
     folder, search = opened(config)
     other = sys.stderr if as_json else None  # where progress goes, None: as everything
     out = other or sys.stdout
-    open_folder(config, folder)
-    if not search.finished():
-        count, threads = config.workers, config.threads or max(1, cores() // config.workers)
+    finished = search.finished()
+    if not finished:
+        precheck(config)
+    config = open_folder(config, folder, len(search.candidates))
+    if not finished:
+        count, threads = config.workers, config.threads
         who = f"{count} worker{'s' if count > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}"
         ways = [*config.search.proxy, *(["truth"] if config.search.truth == "train" else [])]
         print(f"{len(search.candidates)} of the {len(search.space)} architectures of {config.search.space}, by "
@@ -100,10 +108,14 @@ def start(config: Config, as_json: bool = False) -> int:
 def opened(config: Config) -> tuple[Path, Search]:
     """The folder and the search. Raises UserError, also for more workers than tasks."""
     folder = search_dir(config)
+    refuse_other(config, folder)
     search = Search(config, folder)
     if config.workers > (tasks := search.count()):
-        raise UserError(f"workers={config.workers} is more than the {tasks} tasks; give workers 1 to {tasks}, or a smaller "
-                        f"search.group than {config.search.group}")  # fmt: skip
+        singles = sum(search.repeats(way) * len(indices) for way, indices in next(search.phases()).items())
+        other = (
+            f"a smaller search.group than {config.search.group}" if singles >= config.workers else "more candidates or seeds"
+        )
+        raise UserError(f"workers={config.workers} is more than the {tasks} tasks; give workers 1 to {tasks}, or {other}")
     return folder, search
 
 
@@ -116,42 +128,18 @@ def show(config: Config, folder: Path, as_json: bool = False) -> None:
 
 
 def _alone(config: Config, folder: Path) -> tuple[int, str]:
-    from metadist.run.search_job import work
+    from metadist.run.search_job import marks, work
+
+    attempts = marks(folder)
 
     def leave(name: str) -> None:
+        attempts.leave()
         print(f"stopped by {name}; run the same command again to go on", flush=True)
         os._exit(stop_status(name))
 
     with Stop(at_once=leave):  # what is finished is on the disk; what is not begins anew
-        work(config, folder)
+        work(config, folder, attempts)
     return 0, ""
-
-
-def open_folder(config: Config, folder: Path) -> None:
-    """Make the folder of a search, and leave there what its workers read. Raises UserError if it is another's."""
-    from metadist.store import atomic_write
-
-    wanted: dict[str, Any] = json.loads(json.dumps(recipe(config)))
-    path = folder / FILE
-    if (folder / "config.json").exists():
-        raise UserError(f"out={folder} is a run's folder; give another")
-    if path.is_file():
-        known = json.loads(path.read_text())["recipe"]
-        keys = sorted({*known, *wanted})
-        changed = [f"{k}: {_short(known.get(k))} -> {_short(wanted.get(k))}" for k in keys if known.get(k) != wanted.get(k)]
-        if changed:
-            raise UserError(f"out={folder} holds another search ({', '.join(changed)}; recorded -> given); give another out, "
-                            "or the recorded values to go on")  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"out={folder} can't be made ({e.strerror}); give another") from None
-    record = {"recipe": wanted, "config": dataclasses.asdict(config)}
-    atomic_write(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _short(value: object) -> str:
-    return str(value)[:12] if isinstance(value, str) else str(value)
 
 
 def search(argv: Sequence[str]) -> int:
@@ -173,7 +161,7 @@ def search(argv: Sequence[str]) -> int:
         from metadist.run.cluster.search import submit
 
         return submit(words)
-    config = compose([w for w in words if w != "cluster=local"], here, judge)
+    config = compose([w for w in words if w != "cluster=local"], here, judge, "search")
     if "--cfg" in flags:
         print(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), end="")
         return 0
@@ -191,14 +179,20 @@ def main(argv: Sequence[str]) -> int:
     return guarded(search, argv)
 
 
-def _work(folder: Path) -> bool:
-    from metadist.run.folder import config_from_dict
-    from metadist.run.search_job import work
+def _crew(folder: Path) -> int:
+    """One of several workers; its exit status."""
+    from metadist.run.search_job import marks, work
 
-    return work(config_from_dict(json.loads((folder / FILE).read_text())["config"]), folder)
+    attempts = marks(folder)
+
+    def leave(name: str) -> None:
+        attempts.leave()
+        os._exit(stop_status(name))
+
+    return worker(lambda stop: work(configuration(folder), folder, attempts), leave)
 
 
 if __name__ == "__main__":
     from metadist.run.worker import leave
 
-    leave(worker(lambda stop: _work(Path(sys.argv[1])), lambda name: os._exit(stop_status(name))))
+    leave(_crew(Path(sys.argv[1])))

@@ -15,36 +15,38 @@ import torch
 from metadist import data as data_room
 from metadist.config import Config
 from metadist.config_search import FREE
-from metadist.data import Data
-from metadist.errors import UserError
 from metadist.evaluate import fitting
 from metadist.evaluate.plan import Plan
 from metadist.evaluate.recipe import Recipe
 from metadist.metagrad.optimizers import Optimizer
+from metadist.run import search_set
+from metadist.run.attempts import Attempts
 from metadist.run.cost import duration
-from metadist.run.environment import cores
 from metadist.run.queue import run_queue
 from metadist.run.search import Search, Task
 from metadist.run.setup import DTYPES, device_of, with_precision
 from metadist.search.table import Outcome, Table
-from metadist.search.training import measure
+from metadist.search.training import Measured, measure
 from metadist.search.ways import Bench, cost
 from metadist.store import atomic_write, clean
-from metadist.synthetic.distilled import DistilledSet, load
+from metadist.synthetic.distilled import load
 
 _SAY_S = 10.0  # between two lines
 SUMMARY = "summary.json"
+PATIENCE = 2  # processes killed at a task before its candidates are done one by one
+KILLED = "its process was killed, as by the system where memory runs out"
 
 
 def prepare(config: Config, folder: Path) -> Bench:
     """Load the data and the set, and check that they fit each other. Raises UserError."""
     device, dtype, c = device_of(config), DTYPES[config.engine.dtype], config.search
-    torch.set_num_threads(config.threads or max(1, cores() // config.workers))
+    torch.set_num_threads(config.threads or 1)
     data = data_room.load(config.data, device, dtype, config.cache_dir, config.smoke)
     recipe, dset = None, None
     if c.set is not None:
         dset = load(c.set)
-        data = _fitted(config, dset, data)
+        search_set.check(config, dset, data)
+        data = fitting.aligned(data, dset.normalization)
         recipe = Recipe.of(dset, dtype, device)
     clean(folder)
     optimizer = Optimizer("momentum" if c.momentum else "sgd")
@@ -59,19 +61,10 @@ def prepare(config: Config, folder: Path) -> Bench:
     return bench
 
 
-def _fitted(config: Config, dset: DistilledSet, data: Data) -> Data:
-    fitting.check(dset, data)
-    fixed = dset.theta0 is not None or "theta0_recipe" in dset.manifest
-    if fixed and "distilled" in config.search.proxy and not config.search.set_lr:
-        net = dset.manifest.get("net", {}).get("name", "net")
-        raise UserError(f"set={config.search.set} was made for one initialization of {net}: other networks learn nothing by "
-                        "its recorded steps; give a set for any initialization, or set_lr=<rate>")  # fmt: skip
-    return fitting.aligned(data, dset.normalization)
-
-
-def work(config: Config, folder: Path, patient: bool = True) -> bool:
+def work(config: Config, folder: Path, attempts: Attempts, patient: bool = True) -> bool:
     """Work on what is missing beside all others who do; True once everything is done. Raises UserError and RunError.
 
+    attempts: of ``marks``, which whoever ends this process by a signal tells so.
     patient: stay while others work. Before its last phase every worker is: what comes next is for all.
     """
     search = Search(config, folder)
@@ -85,9 +78,9 @@ def work(config: Config, folder: Path, patient: bool = True) -> bool:
         last = (config.search.truth != "none" and not config.search.halving) or "retrained" in phase
         done = run_queue(
             list(tasks),
-            lambda name, tasks=tasks: _do(search, bench, tasks[name], say),  # type: ignore[misc]
+            lambda name, tasks=tasks: _do(search, bench, tasks[name], say, attempts),  # type: ignore[misc]
             lambda name, tasks=tasks: not search.missing(tasks[name]),  # type: ignore[misc]
-            folder / "queue",
+            attempts.place,
             patient=patient or not last,
         )
         if not done:
@@ -95,11 +88,26 @@ def work(config: Config, folder: Path, patient: bool = True) -> bool:
     return True
 
 
-def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None]) -> None:
+def marks(folder: Path) -> Attempts:
+    """Those of a search's tasks."""
+    return Attempts(folder / "queue")
+
+
+def _do(search: Search, bench: Bench, task: Task, say: Callable[[str], None], attempts: Attempts) -> None:
+    """What is missing of a task. One that has killed two processes is done one by one: who kills then has failed."""
+    results, solo = search.results, attempts.killed(task.name) >= PATIENCE
+    lost = [i for i in search.missing(task) if any(o.failed == KILLED for o in results.known(task.way, i))]  # by another seed
+    for index in search.missing(task):
+        if index in lost or (solo and index == attempts.suspect(task.name)):
+            results.put(task.way, task.repeat, index, Measured(None, KILLED, 0.0, 0))
     wanted = search.missing(task)
-    for index, found in measure(bench, search.space, task.way, task.repeat, task.indices, wanted):
-        search.results.put(task.way, task.repeat, index, search.key(index), found)
-        say(task.way)
+    for part in [(i,) for i in wanted] if solo or lost else [task.indices]:
+        with attempts.begun(task.name, part[0] if solo else None):
+            own = [i for i in wanted if i in part]
+            for index, found in measure(bench, search.space, task.way, task.repeat, part, own):
+                results.put(task.way, task.repeat, index, found)
+                say(task.way)
+    attempts.forget(task.name)
 
 
 class _Progress:
@@ -168,18 +176,9 @@ def table(config: Config, search: Search) -> Table:
         own = [search.key(i) for i in search.candidates]
         truth = {key: Outcome(search.known[key], None, 0.0, 0) for key in own}
     keys = tuple(search.key(i) for i in search.candidates)
-    seconds, where = _set_cost(c.set)
-    return Table(c.space, config.data.name, keys, truth, ways, seconds, where, c.best, _settings(config))
-
-
-def _set_cost(given: str | None) -> tuple[float | None, str | None]:
-    """Seconds that making the set took, and where, as its run's summary says; None where there is no run folder."""
-    path = Path(given or "").expanduser() / "summary.json"
-    try:
-        found = json.loads(path.read_text()) if given else {}
-        return 60 * float(found["minutes"]), f"by {given}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
+    seconds, where = search_set.cost(c.set)
+    remarks = tuple(filter(None, [search_set.remark(config)]))
+    return Table(c.space, config.data.name, keys, truth, ways, seconds, where, c.best, _settings(config), remarks)
 
 
 def _settings(config: Config) -> dict[str, Any]:

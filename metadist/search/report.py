@@ -2,12 +2,14 @@
 
 Design choices
 - A proxy's score is its mean over seeds. A candidate that a proxy failed on, or did not measure, ranks last for that proxy and
-  is counted: a proxy may not leave out what it cannot do. A candidate whose truth failed has no place to be compared with: it
-  is left out of every comparison and counted.
+  is counted: a proxy may not leave out what it cannot do. A candidate that can't be trained in full has no place to be compared
+  with: it is left out of every comparison and counted. One that diverges in full is a network that guesses, and stays.
 - The proxies are held against the mean of the truth's seeds. The ceiling, one seed of full training against another, is held
-  against a single seed, which is noisier: it is a low ceiling, and a good proxy may touch it.
+  against a single seed, which is noisier: it is a low ceiling, and a good proxy may touch it. Its top half is the better half
+  by what stands for the truth, as a proxy's is, for each of the two in turn: chosen by both, it would hide what they agree on.
 - Seconds and images of a proxy are those of all its seeds, because the ranking stands on all of them; those of full training
-  are of one training, because a search in practice trains once.
+  are of one training, because a search in practice trains once. Both are means over candidates that gave a score, and the
+  pay-off counts such candidates alone: who can't be trained costs neither way.
 - The report is plain JSON: whatever is undefined is None. Without truth it holds the ranking and the best of each proxy.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from metadist.config_search import FREE
@@ -39,10 +42,13 @@ def make(table: Table) -> dict[str, Any]:
     full = _full(table)
     first = "distilled" if "distilled" in table.proxies else next(iter(table.proxies), None)
     cost = {way: _cost(table.keys, table.ways[way]) for way in table.proxies}
+    trained = len(judged) if table.truth else sum(v > -math.inf for v in scores.get(first or "", {}).values())
     made: dict[str, Any] = _plain({
         "space": table.space, "data": table.data, "settings": dict(table.settings),
-        "count": len(table.keys), "judged": len(judged),
+        "remarks": list(table.remarks),
+        "count": len(table.keys), "judged": len(judged), "trained": trained,
         "truth_failed": len(table.keys) - len(judged) if table.truth else 0,
+        "diverged": sum(table.truth[k].diverged for k in judged),
         "first": first, "best_of": table.best, "full": full,
         "candidates": [_candidate(k, truth, scores, table) for k in table.keys],
         "free": [way for way in table.proxies if way in FREE],
@@ -51,7 +57,8 @@ def make(table: Table) -> dict[str, Any]:
         "ceiling": _ceiling([table.truth[k] for k in judged]),
         "differences": _differences(first, {w: [scores[w][k] for k in judged] for w in table.proxies}, y),
         "payoff": None if first != "distilled" else regret.payoff(
-            table.set_seconds, table.set_where, cost[first]["seconds"], None if full is None else full["seconds"], table.best
+            table.set_seconds, table.set_where, _searched(table, cost[first]["seconds"], trained),
+            None if full is None else full["seconds"], table.best,
         ).as_dict(),
         "best": {way: _best(found, truth, table) for way, found in scores.items()},
         "halving": _halving(table, first, scores.get("halving", {}), truth),
@@ -72,26 +79,45 @@ def _candidate(key: str, truth: Mapping[str, float], scores: Mapping[str, Mappin
     return {"key": key, "truth": truth.get(key), "truth_seeds": seeds, "scores": mine}
 
 
+def _top(x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Spearman of scores x with truth y over the better half by truth."""
+    top = top_half(y)
+    return estimate(spearman, [x[i] for i in top], [y[i] for i in top])
+
+
+def _mean(one: Estimate, other: Estimate) -> Estimate:
+    """Of figures of the same candidates; its interval is a little wide, as the mean varies no more than they do."""
+    return Estimate(*((a + b) / 2 for a, b in zip(astuple(one), astuple(other), strict=True)))
+
+
 def _quality(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     """How well scores x rank candidates of truth y."""
-    top = top_half(y)
     return {
         "spearman": estimate(spearman, x, y).as_dict(),
-        "top_half": estimate(spearman, [x[i] for i in top], [y[i] for i in top]).as_dict(),
+        "top_half": _top(x, y).as_dict(),
         "kendall": estimate(kendall, x, y).as_dict(),
         "regret": regret.regrets(x, y),
     }
 
 
 def _cost(keys: Sequence[str], found: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Seconds and images a candidate by one way, all its seeds; how many candidates failed."""
-    n = max(1, len(found))
+    """Seconds and images a candidate with a score, by one way, all its seeds; how many candidates failed.
+
+    One that can't be built costs nothing, by a proxy or in full: the mean over all would make the proxy look cheaper.
+    """
+    scored = [o for o in found.values() if o.reason is None]
     return {
-        "seconds": sum(o.seconds for o in found.values()) / n,
-        "images": sum(o.images for o in found.values()) / n,
-        "seeds": max((len(o.scores) for o in found.values()), default=0),
+        "seconds": sum(o.seconds for o in scored) / len(scored) if scored else None,
+        "images": sum(o.images for o in scored) / len(scored) if scored else None,
+        "seeds": max((len(o.scores) for o in scored), default=0),
         "failed": sum(k not in found or found[k].reason is not None for k in keys),
     }
+
+
+def _searched(table: Table, proxy: float | None, trained: int) -> float | None:
+    """Seconds a candidate before the best are trained in full: by the proxy, and its share of the rounds of halving."""
+    rounds = sum(o.seconds for way in table.rungs for o in table.ways[way].values())
+    return proxy + rounds / trained if proxy is not None and trained else proxy
 
 
 def _full(table: Table) -> dict[str, Any] | None:
@@ -110,12 +136,11 @@ def _ceiling(found: Sequence[Outcome]) -> dict[str, Any] | None:
     if len(twice) < 2:
         return None
     a, b = [s[0] for s in twice], [s[1] for s in twice]
-    top = top_half([sum(s) / len(s) for s in twice])
     there, back = regret.regrets(a, b), regret.regrets(b, a)
     return {
         "n": len(twice),
         "spearman": estimate(spearman, a, b).as_dict(),
-        "top_half": estimate(spearman, [a[i] for i in top], [b[i] for i in top]).as_dict(),
+        "top_half": _mean(_top(a, b), _top(b, a)).as_dict(),
         "kendall": estimate(kendall, a, b).as_dict(),
         "regret": {budget: (there[budget] + back[budget]) / 2 for budget in there},
     }
@@ -163,16 +188,17 @@ def _halving(table: Table, first: str | None, last: Mapping[str, float], truth: 
         "regret": None if pick_truth is None else 100 * (max(truth.values()) - pick_truth),
         "images": sum(r["images"] for r in rungs),
         "seconds": sum(r["seconds"] for r in rungs),
+        "set_seconds": table.set_seconds,
     }
 
 
 def _failures(table: Table) -> list[dict[str, Any]]:
-    """Every candidate that failed, by reason, with the ways it failed in."""
+    """Every candidate that failed or diverged, by reason, with the ways it did so in."""
     found: dict[tuple[str, str], list[str]] = {}
     for key in table.keys:
         for way, outcomes in {"truth": table.truth, **table.ways}.items():
             expected = way in table.proxies or (way == "truth" and bool(table.truth))
-            reason = outcomes[key].reason if key in outcomes else MISSING if expected else None
+            reason = outcomes[key].failed or outcomes[key].reason if key in outcomes else MISSING if expected else None
             if reason is not None:
                 found.setdefault((key, reason), []).append(way)
     return [{"key": key, "reason": reason, "ways": ways} for (key, reason), ways in found.items()]

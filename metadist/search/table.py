@@ -5,6 +5,8 @@ Design choices
   result like another: it is kept, counted and ranks last.
 - Accuracies are fractions of 1. Truth is on the test split and nothing is chosen by it; all other accuracies are on the
   validation split. A score that is not finite cannot be ranked: such an outcome counts as failed.
+- A full training that diverges is no failure to train: whoever picks such an architecture gets a network that guesses. That is
+  its score, and its outcome says beside why. Else a proxy that likes what diverges would not be punished for it.
 - Costs are kept twice: seconds, which hold for the machine at hand, and training images seen, which hold everywhere.
 - `as_dict` and `Table.of` are each other's inverse, through JSON too (a score that is not finite comes back as nan).
 """
@@ -24,14 +26,14 @@ class Outcome:
     """One candidate by one way of training."""
 
     scores: tuple[float, ...]  # one a seed: accuracies, or the free score; () if it failed
-    failed: str | None  # why, in one line
+    failed: str | None  # why it failed, in one line; with scores: why a seed among them is a guess
     seconds: float  # of this machine, summed over seeds
     images: int  # training images seen, summed over seeds
 
     @property
     def mean(self) -> float:
         """Mean score over seeds; nan if it failed."""
-        if self.failed is not None or not self.scores:
+        if not self.scores:
             return math.nan
         mean = sum(self.scores) / len(self.scores)
         return mean if math.isfinite(mean) else math.nan
@@ -39,9 +41,12 @@ class Outcome:
     @property
     def reason(self) -> str | None:
         """Why there is no score to rank by; None if there is one."""
-        if self.failed is not None:
-            return self.failed
-        return "its score is not finite" if math.isnan(self.mean) else None
+        return (self.failed or "its score is not finite") if math.isnan(self.mean) else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a seed among the scores is a guess."""
+        return self.failed is not None and self.reason is None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -68,6 +73,7 @@ class Table:
     set_where: str | None  # where these seconds were measured, in words
     best: int  # so many of a proxy's best are trained in full
     settings: Mapping[str, Any] = field(default_factory=dict)  # shown in the report
+    remarks: tuple[str, ...] = ()  # sentences at its head
 
     @property
     def proxies(self) -> tuple[str, ...]:
@@ -85,6 +91,7 @@ class Table:
             "space": self.space, "data": self.data, "keys": list(self.keys), "truth": _outcomes(self.truth),
             "ways": {way: _outcomes(found) for way, found in self.ways.items()}, "set_seconds": self.set_seconds,
             "set_where": self.set_where, "best": self.best, "settings": dict(self.settings),
+            "remarks": list(self.remarks),
         }  # fmt: skip
 
     @staticmethod
@@ -92,7 +99,8 @@ class Table:
         """What ``as_dict`` wrote."""
         ways = {way: {k: Outcome.of(o) for k, o in found.items()} for way, found in d["ways"].items()}
         truth = {k: Outcome.of(o) for k, o in d["truth"].items()}
-        return Table(**{**d, "keys": tuple(d["keys"]), "truth": truth, "ways": ways})
+        remarks = tuple(d.get("remarks", ()))
+        return Table(**{**d, "keys": tuple(d["keys"]), "truth": truth, "ways": ways, "remarks": remarks})
 
 
 def _outcomes(found: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Measured:
     """What came of one candidate, way and seed."""
 
     score: float | None  # accuracy in [0, 1], or what a free proxy gives
-    failed: str | None  # why there is none, in one line
+    failed: str | None  # why there is none, or only that of a guess, in one line
     seconds: float  # of training and judging it here
     images: int  # training images it saw
 
@@ -72,7 +72,7 @@ def _several(bench: Bench, space: Space, way: str, indices: Sequence[int]) -> bo
     images = bench.batch if bench.recorded(way) else course(bench, way, 0).batch
     try:
         return at_once(_group(bench, space, indices[:1]).learner, len(indices), images) > 1
-    except Exception:  # it can't be built: it shall say so when its turn comes
+    except (Exception, SystemExit):  # it can't be built: it shall say so when its turn comes
         return False
 
 
@@ -85,7 +85,7 @@ def _attempt(bench: Bench, space: Space, way: str, repeat: int, part: Sequence[i
         return _trained(bench, space, way, repeat, part)
     except RunError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a user's module may call exit
         why = reason(e)
     # Outside of the handler, which would hold on to what the first try has allocated.
     if len(part) == 1:
@@ -95,7 +95,7 @@ def _attempt(bench: Bench, space: Space, way: str, repeat: int, part: Sequence[i
     return [measured for i in part for measured in _attempt(bench, space, way, repeat, (i,))]
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """A candidate's fault in one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -106,7 +106,7 @@ def reason(error: Exception) -> str:
 
 def _free(bench: Bench, space: Space, kind: str, index: int) -> Measured:
     began, data = time.perf_counter(), bench.data
-    score = free.score(kind, space, index, data.channels, data.size, len(data.classes), bench.seed)
+    score = free.score(kind, space, index, data.channels, data.size, len(data.classes), bench.seed, bench.init)
     return Measured(score, None, time.perf_counter() - began, 0)
 
 
@@ -128,7 +128,8 @@ def _trained(bench: Bench, space: Space, way: str, repeat: int, indices: Sequenc
     finite = (torch.isfinite(theta).all(1) & torch.isfinite(buffers).all(1)).tolist()
     scores = accuracy(learner, theta, buffers, bench.judge(way), chunk=len(theta)).tolist()
     each = (time.perf_counter() - began) / len(indices)
-    return [Measured(s if ok else None, None if ok else NOT_FINITE, each, count) for s, ok in zip(scores, finite)]
+    guess = 1 / len(bench.data.classes) if way in FULL else None  # see metadist.search.table
+    return [Measured(s, None, each, count) if ok else Measured(guess, NOT_FINITE, each, count) for s, ok in zip(scores, finite)]
 
 
 def _way(bench: Bench, learner: Learner, way: str, repeat: int, theta0: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -149,7 +150,7 @@ def _way(bench: Bench, learner: Learner, way: str, repeat: int, theta0: Tensor, 
     loss = bench.lower(cross_entropy_loss(learner, plan.weight_decay))
     inner = Inner(loss, plan.optimizer, compile=bench.compile, graph=graph, shared=False, alone=alone)
     theta = standard(
-        learner, theta0, c.x, c.y, steps=c.steps, until=c.until, optimizer=plan.optimizer, lr=c.lr, momentum=plan.momentum,
+        learner, theta0, c.x, c.y, steps=c.steps, images=c.most, optimizer=plan.optimizer, lr=c.lr, momentum=plan.momentum,
         batch=c.batch, keys=keys, augment=plan.augment, schedule=plan.schedule, chunk=len(theta0), inner=inner,
     )  # fmt: skip
     return theta, seen(learner, c.x, c.batch, draw.key(bench.seed, "search statistics", repeat)), c.images

@@ -1,8 +1,9 @@
 """The ways a candidate is trained: in full, and cheaply, each as long as the distilled set trains.
 
 Design choices
-- Cost is counted in images seen. The distilled set says how many: its recorded steps times its batch. Real images, the start of
-  full training, random images and a coreset get as many, so that what is compared is the images and not the time.
+- Cost is counted in images seen. The distilled set says how many: its recorded steps times its batch. Real images, random
+  images, a coreset and the start of full training (its last batch cut to what is left; at most all of it) get as many, so that
+  what is compared is the images and not the time.
 - Apart from the recorded steps of a set, every way is ordinary shuffled training on some images: a ``Course``.
 - Images that stand in for the distilled ones are drawn once for all candidates, so that these are compared on equal terms.
 """
@@ -74,14 +75,15 @@ class Course:
     batch: int  # images a step
     lr: float
     steps: int  # of the schedule
-    until: int  # steps that are taken
+    most: int = 0  # images that a network sees, the last batch cut to what is left of them; 0: those of all steps
 
     @property
     def images(self) -> int:
         """Seen by a network; the last batch of a pass may be smaller than the others."""
         size = len(self.x)
-        passes, rest = divmod(self.until, -(-size // min(self.batch, size)))
-        return passes * size + rest * min(self.batch, size)
+        passes, rest = divmod(self.steps, -(-size // min(self.batch, size)))
+        every = passes * size + rest * min(self.batch, size)
+        return min(every, self.most) if self.most else every
 
 
 def course(bench: Bench, way: str, repeat: int) -> Course:
@@ -95,20 +97,19 @@ def course(bench: Bench, way: str, repeat: int) -> Course:
     if way in FULL or way == "early_stop":
         each = -(-len(train) // min(plan.batch, len(train)))
         steps = plan.epochs * each
-        until = steps if way in FULL else max(1, min(steps, round(bench.steps * bench.batch / plan.batch)))
-        return Course(train.x, train.y, plan.batch, lr, steps, until)
+        return Course(train.x, train.y, plan.batch, lr, steps, 0 if way in FULL else bench.steps * bench.batch)
     steps = bench.steps
     if way == "distilled":
         x, y = bench.set.images
-        return Course(x, y, bench.batch, bench.set_lr, steps, steps)
+        return Course(x, y, bench.batch, bench.set_lr, steps)
     if way in SUBSETS:
         x, y = subset(bench, "random" if way == "random_real" else bench.coreset, repeat)
-        return Course(x, y, bench.batch, lr, steps, steps)
+        return Course(x, y, bench.batch, lr, steps)
     if way.startswith(HALVING):
         # A round never trains longer than full training does.
         longest = plan.epochs * len(train) // bench.batch
         steps = max(steps, min(steps * bench.eta ** int(way.removeprefix(HALVING)), longest))
-    return Course(train.x, train.y, bench.batch, lr, steps, steps)
+    return Course(train.x, train.y, bench.batch, lr, steps)
 
 
 @functools.lru_cache(maxsize=8)

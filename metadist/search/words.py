@@ -9,6 +9,7 @@ from typing import Any
 
 CEILING, BLIND = "another seed, in full", "a blind guess"
 WIDTH, FEW = 120, 10
+COSTS = "Seconds and images a candidate with a score: all seeds of a proxy, one full training."
 
 
 def text(report: Mapping[str, Any]) -> str:
@@ -27,11 +28,15 @@ def _head(report: Mapping[str, Any]) -> list[str]:
     if report["judged"]:
         seeds = "" if full is None or full["seeds"] == 1 else f", mean of {full['seeds']} trainings"
         without = f"; without one and left out: {lost}" if lost else ""
-        lines.append(f"Truth: test accuracy after full training{seeds}{without}.")
+        guesses = (
+            f"; {report['diverged']} diverged: such a training counts as a network that guesses" if report["diverged"] else ""
+        )
+        lines += textwrap.wrap(f"Truth: test accuracy after full training{seeds}{without}{guesses}.", WIDTH)
     elif lost:
         lines.append("Full training of every candidate failed: how well the proxies rank is not known here.")
     else:
         lines.append("No truth was asked for: how well the proxies rank is not known here.")
+    lines += [line for remark in report["remarks"] for line in textwrap.wrap(remark, WIDTH)]
     return [*lines, *(textwrap.wrap(shown, WIDTH, initial_indent="  ", subsequent_indent="  ") if shown else [])]
 
 
@@ -41,8 +46,7 @@ def _proxies(report: Mapping[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]]
     if not report["judged"]:
         rows = [(way, *_costs(p), str(p["failed"])) for way, p in report["proxies"].items()]
-        note = "Seconds and images a candidate: all seeds of a proxy, one full training."
-        return [*_aligned([("proxy", *costs), *rows, *_full_row(report, 0)]), note]
+        return [*_aligned([("proxy", *costs), *rows, *_full_row(report, 0)]), COSTS]
     budgets = list(report["blind"]["regret"])
     rows = [(way, *_quality(p, budgets), *_costs(p), str(p["failed"])) for way, p in report["proxies"].items()]
     rows += _full_row(report, len(budgets))
@@ -56,7 +60,7 @@ def _notes(report: Mapping[str, Any]) -> str:
     notes = [
         "Correlation with truth [95 % bootstrap interval over candidates]; top half: among the better half by truth.",
         "@B: points of accuracy that the pick among B random candidates lacks to the best of them.",
-        "Seconds and images a candidate: all seeds of a proxy, one full training.",
+        COSTS,
         "Candidates that failed rank last." if any(p["failed"] for p in report["proxies"].values()) else "",
         f"Intervals of {report['judged']} candidates say little." if report["judged"] < FEW else "",
         "There is no ceiling: full training has one seed."
@@ -120,11 +124,13 @@ def _payoff(report: Mapping[str, Any]) -> list[str]:
     if p["candidates"] is None:
         return textwrap.wrap(f"Pay-off of the distilled set: none to be named, as {p['reason']}.", WIDTH)
     where = f" ({p['where']})" if p["where"] else ""
+    rounds = " with its share of the rounds of halving" if report["halving"] else ""
     line = (
-        f"Pay-off: the set cost {_seconds(p['set_seconds'])}{where}, a candidate costs {p['proxy_seconds']:.3g} s by it and "
-        f"{p['full_seconds']:.3g} s in full: {p['ratio']:.1f} candidates pay for the set. With {p['best']} trained in full at "
-        f"the end, a search is cheaper than full training of all from {p['candidates']} candidates on; this one has "
-        f"{report['count']}. Equal-cost training on real images has no set to pay for: against it only the ranking counts."
+        f"Pay-off: the set cost {_seconds(p['set_seconds'])}{where}, a candidate costs {p['proxy_seconds']:.3g} s by it{rounds}"
+        f" and {p['full_seconds']:.3g} s in full: {p['ratio']:.1f} candidates pay for the set. With {p['best']} trained in "
+        f"full at the end, a search is cheaper than full training of all from {p['candidates']} candidates on that can be "
+        f"trained; this one has {report['trained']}. Equal-cost training on real images has no set to pay for: against it only "
+        "the ranking counts."
     )
     return textwrap.wrap(line, WIDTH)
 
@@ -141,9 +147,12 @@ def _halving(report: Mapping[str, Any]) -> list[str]:
     rows += [(r["way"], str(r["candidates"]), f"{r['images']:,}", f"{r['seconds']:.3g}", str(r["failed"])) for r in h["rungs"]]
     pick = f"It picks {h['pick']}" if h["pick"] else "It picks nothing: all failed"
     judged = "" if h["truth"] is None else f", truth {100 * h['truth']:.2f} %, regret {h['regret']:.2f} points"
-    full = report["full"]
-    share = f"; full training of all once: {report['count'] * full['images']:,.0f}" if full and full["images"] else ""
-    return ["Successive halving:", *_aligned(rows), f"{pick}{judged}. Cost: {h['images']:,} images{share}."]
+    made = "the set's, which is not known" if h["set_seconds"] is None else f"the set's {_seconds(h['set_seconds'])}"
+    cost = f"Cost: {h['images']:,} images in {_seconds(h['seconds'])}, and {made}"
+    if (full := report["full"]) and full["images"] and full["seconds"]:
+        images, seconds = (report["trained"] * full[k] for k in ("images", "seconds"))
+        cost += f"; full training of all once: {images:,.0f} in {_seconds(seconds)}"
+    return ["Successive halving:", *_aligned(rows), *textwrap.wrap(f"{pick}{judged}. {cost}.", WIDTH)]
 
 
 def _best(report: Mapping[str, Any]) -> list[str]:
@@ -176,7 +185,7 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
             alike.setdefault((f["reason"], ways), []).append(f["key"])
     for (reason, ways), keys in alike.items():
         if len(keys) == 1:
-            lines.append(f"  {keys[0]}: {reason} ({ways})")
+            lines.append(f"  {keys[0]}: {reason} ({by})")
         else:
             names = textwrap.wrap(", ".join(keys), WIDTH - 4, break_on_hyphens=False)
             lines += [f"  {len(keys)} candidates: {reason} ({ways})", *(f"    {name}" for name in names)]

@@ -36,6 +36,7 @@ from metadist.synthetic.network import FILE as NETWORKS
 
 FILE = "distilled.safetensors"
 STARTS = ("auto", "own")
+SPLIT = ("validation", "split_seed", "fraction", "exclude")  # of data: say which images a set may have been learned from
 SETS = Path(__file__).parents[1] / "sets"
 _KIND = "metadist distilled set"
 _FORMAT = 1
@@ -53,7 +54,7 @@ class DistilledSet:
     momentum: Tensor | None = None  # float [T]: momentum, Adam's beta1; None for sgd
     optimizer: Mapping[str, Any] = field(default_factory=lambda: {"kind": "sgd"})  # kind, beta2, eps
     theta0: Tensor | None = None  # [P]: the one initialization this set is for; None: any
-    manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON-able: method, data, classes, net, seed, metrics...
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # JSON-able: method, data, split, classes, net, seed, metrics...
     maker: Maker | None = None  # the generator that made the images, if one did
 
     def __post_init__(self) -> None:

@@ -84,16 +84,19 @@ def submit(words: Sequence[str], config: Config, job: Job) -> int:
     return 0
 
 
-def element(folder: Path, work: Callable[[Path, Stop], str | None], at_once: bool = False) -> int:
+def element(folder: Path, work: Callable[[Path, Stop], str | None], at_once: Callable[[], None] | None = None) -> int:
     """A worker of the array; the exit status, 0 also where a signal ended it with its work kept.
 
-    work: what to print once everything is done, else None. at_once: a signal ends it there and then, as nothing is lost.
+    work: what to print once everything is done, else None. at_once: called by a signal, which ends it there and then; None:
+    ``work`` ends by itself.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     slot = Slot.here()
 
     def leave(name: str) -> None:
         try:
+            if at_once is not None:
+                at_once()
             _left(folder, slot, name, "what it had finished")
         finally:
             os._exit(0)

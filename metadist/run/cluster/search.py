@@ -9,27 +9,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metadist.run.cluster.array import Job, element, of_node, placed
+from metadist.run.cluster.array import Job, element, placed
 from metadist.run.cluster.array import submit as submit_array
-from metadist.run.cluster.record import read
 from metadist.run.signals import Stop
 
 
 def submit(words: Sequence[str]) -> int:
     """``launch/search.py cluster=slurm``: print or submit the array. Raises UserError."""
     from metadist.run.compose import compose
-    from metadist.run.search_command import judge, open_folder, opened
+    from metadist.run.search_command import judge, opened
+    from metadist.run.search_folder import open_folder
     from metadist.run.search_job import outcome
+    from metadist.run.search_set import precheck
 
-    config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True))
+    config = compose(words, placed(words), lambda c, keys: judge(c, keys, cluster=True), "search")
     folder, search = opened(config)
+
+    def open_() -> None:
+        if not search.finished():
+            precheck(config, elsewhere=True)
+        open_folder(config, folder, len(search.candidates))
+
     job = Job(
         folder,
         "out",
         "metadist.run.cluster.search",
         "search",
         search.count(),
-        lambda: open_folder(config, folder),
+        open_,
         lambda: str(outcome(config, folder)["text"]) if search.finished() else None,
     )
     return submit_array(words, config, job)
@@ -37,16 +44,17 @@ def submit(words: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Work on the queue of ``argv[0]``; the exit status, 0 also where a signal ended it."""
-    return element(Path(argv[0]), _work, at_once=True)
+    from metadist.run.search_folder import configuration
+    from metadist.run.search_job import marks, outcome, work
 
+    folder = Path(argv[0])
+    attempts = marks(folder)
 
-def _work(folder: Path, stop: Stop) -> str | None:
-    from metadist.run.folder import config_from_dict
-    from metadist.run.search import FILE
-    from metadist.run.search_job import outcome, work
+    def until_done(folder: Path, stop: Stop) -> str | None:
+        config = configuration(folder)
+        return str(outcome(config, folder)["text"]) if work(config, folder, attempts, patient=False) else None
 
-    config = of_node(config_from_dict(read(folder / FILE)["config"]))
-    return str(outcome(config, folder)["text"]) if work(config, folder, patient=False) else None
+    return element(folder, until_done, attempts.leave)
 
 
 if __name__ == "__main__":
