@@ -185,7 +185,7 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
             alike.setdefault((f["reason"], ways), []).append(f["key"])
     for (reason, ways), keys in alike.items():
         if len(keys) == 1:
-            lines.append(f"  {keys[0]}: {reason} ({by})")
+            lines.append(f"  {keys[0]}: {reason} ({ways})")
         else:
             names = textwrap.wrap(", ".join(keys), WIDTH - 4, break_on_hyphens=False)
             lines += [f"  {len(keys)} candidates: {reason} ({ways})", *(f"    {name}" for name in names)]
