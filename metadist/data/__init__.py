@@ -30,7 +30,7 @@ from metadist.errors import UserError
 
 __all__ = [
     "AUGMENTATIONS", "BASELINES", "NAMES", "Data", "Normalization", "Split",
-    "augment", "baseline", "check", "from_datasets", "load",
+    "augment", "baseline", "check", "from_datasets", "load", "split_of",
 ]  # fmt: skip
 
 NAMES = (*sources.NAMED, "folder", "distilled")
@@ -50,6 +50,11 @@ def check(cfg: DataConfig) -> None:
         raise UserError(
             f"data.augment={cfg.augment} mirrors images, and a mirrored digit of {cfg.name} is no digit; use crop or none"
         )
+
+
+def split_of(cfg: DataConfig) -> dict[str, Any]:
+    """What says which images of a data set are trained on and which are held out."""
+    return {key: getattr(cfg, key) for key in ("validation", "split_seed", "fraction", "exclude")}
 
 
 def load(

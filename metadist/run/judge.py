@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import metadist
-from metadist.data import Split
+from metadist.data import Split, split_of
 from metadist.evaluate.report import Report
 from metadist.evaluate.settings import Settings
 from metadist.evaluate.statistics import Summary
@@ -22,7 +22,7 @@ from metadist.exchange import Exchange
 from metadist.methods.poison import figures
 from metadist.methods.trajectory import Guide
 from metadist.run.setup import Setup
-from metadist.synthetic.distilled import SPLIT, DistilledSet, theta0_recipe
+from metadist.synthetic.distilled import DistilledSet, theta0_recipe
 from metadist.synthetic.generator import Generator
 from metadist.synthetic.images import Phi
 from metadist.synthetic.maker import Maker
@@ -90,7 +90,7 @@ def distilled(setup: Setup, phi: Phi, step: int, metrics: dict[str, Any]) -> Dis
         "classes": list(setup.data.classes),
         "channels": setup.data.channels,
         "size": setup.data.size,
-        "split": {name: getattr(config.data, name) for name in SPLIT},
+        "split": split_of(config.data),
         "net": net,
         "init": config.method.init,
         "seed": config.seed,

@@ -17,7 +17,7 @@ from metadist.config import Config
 from metadist.data import Data
 from metadist.errors import UserError
 from metadist.evaluate import fitting
-from metadist.synthetic.distilled import SPLIT, DistilledSet, load
+from metadist.synthetic.distilled import DistilledSet, load
 
 
 def precheck(config: Config, elsewhere: bool = False) -> None:
@@ -52,8 +52,8 @@ def check(config: Config, dset: DistilledSet, data: Data) -> None:
 def check_split(config: Config, dset: DistilledSet) -> None:
     """Raises UserError for a set of these data that was learned from another part of them."""
     known = _known(config, dset)
-    own = {name: getattr(config.data, name) for name in SPLIT}
-    if changed := [name for name in SPLIT if known is not None and known.get(name, own[name]) != own[name]]:
+    own = data_room.split_of(config.data)
+    if changed := [name for name in own if known is not None and known.get(name, own[name]) != own[name]]:
         made, given = (" ".join(f"data.{name}={_word(split[name])}" for name in changed) for split in (known or {}, own))
         raise UserError(f"set={config.search.set} was made with {made}, this search has {given}: the set may have been learned "
                         f"from images that judge the proxies; give {made}")  # fmt: skip

@@ -36,7 +36,6 @@ from metadist.synthetic.network import FILE as NETWORKS
 
 FILE = "distilled.safetensors"
 STARTS = ("auto", "own")
-SPLIT = ("validation", "split_seed", "fraction", "exclude")  # of data: say which images a set may have been learned from
 SETS = Path(__file__).parents[1] / "sets"
 _KIND = "metadist distilled set"
 _FORMAT = 1
@@ -240,9 +239,7 @@ def find(given: str) -> Path:
     if given in shipped():
         return SETS / f"{given}.safetensors"
     if (path / NETWORKS).is_file():
-        raise UserError(
-            f"{given} holds trained networks, no distilled set; metadist.load_network reads them, kd.teachers uses them"
-        )
+        raise UserError(f"{given} holds trained networks, no distilled set: they are for metadist.load_network, kd.teachers")
     if path.is_dir():
         raise UserError(f"{given} holds no {FILE}, which a run writes at its end: let it end, or give another run")
     raise UserError(f"{unknown('distilled set', given, shipped())}; or give a file or a run folder")
