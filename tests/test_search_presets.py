@@ -20,7 +20,7 @@ def test_every_preset_of_a_search_is_run_here() -> None:
     assert {p for p in groups()["preset"] if p.endswith("_search")} == set(SETS)
 
 
-@pytest.mark.parametrize("preset", SETS)
+@pytest.mark.parametrize("preset", ["digits_search", pytest.param("cifar10_search", marks=pytest.mark.slow)])
 def test_smoke(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if REAL is None and "cifar10" in preset:
         pytest.skip("needs $METADIST_DATA, a folder with torchvision's data sets")
