@@ -115,6 +115,7 @@ def test_sigkill_of_random_windows(nursery: Nursery, uninterrupted: Any, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_sigkill_of_launchers_and_ranks(nursery: Nursery, uninterrupted: Any, tmp_path: Path) -> None:
     more = [*RANDOM, "steps=240", "workers=2"]
     line, rng, began = words(tmp_path, *more), random.Random(3), []

@@ -191,6 +191,7 @@ class Outsiders:
             program.wait()
 
 
+@pytest.mark.soak
 def test_a_worker_of_somebody_else_finds_a_server_that_came_back_otherwise_and_leaves_a_run_that_ended_without_it(
     start: Start, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ LEARNING = [
 ]
 
 
+@pytest.mark.soak
 def test_ten_workers_come_and_go_for_three_minutes_and_every_task_counts_once(
     nursery: Nursery, start: Start, tmp_path: Path
 ) -> None:
@@ -284,7 +286,7 @@ def test_ten_workers_come_and_go_for_three_minutes_and_every_task_counts_once(
     counts = roster(tmp_path)["counts"]
     quiet = tmp_path / "quiet"
     quiet.mkdir()
-    nursery.run(words(quiet, *LEARNING, f"steps={step + 100}", "workers=4"), quiet)
+    nursery.run(words(quiet, *LEARNING, f"steps={step + 100}", "workers=4"), quiet, times=4)
     churned, calm = (json.loads((at / "run" / "summary.json").read_text()) for at in (tmp_path, quiet))
     print(f"{step} steps with {sum(others.joined.values())} comings and {dict(others.left)} goings, {counts}: "
           f"accuracy {churned['test']}, quiet {calm['test']}")  # fmt: skip
@@ -311,6 +313,7 @@ MNIST = [
 ]
 
 
+@pytest.mark.soak
 @pytest.mark.skipif("METADIST_DATA" not in os.environ, reason="needs MNIST below METADIST_DATA")
 def test_stale_gradients_cost_less_than_a_point_of_accuracy_on_mnist(nursery: Nursery, tmp_path: Path) -> None:
     tests = {}
