@@ -126,7 +126,8 @@ def _compared(found: Mapping[str, Any]) -> set[str]:
 def _words_given(argv: Sequence[str], name: str, found: Mapping[str, Any]) -> list[str]:
     """Those that go to every run. Raises UserError for what the comparison sets itself."""
     given = [word for word in argv if word.partition("=")[0] not in _OWN]
-    if clash := next((key for word in given if (key := _key(word)) in _compared(found)), None):
+    compared = _compared(found)
+    if clash := next((key for word in given if (key := _key(word)) in compared), None):
         raise UserError(f"{clash} differs between the runs of {name}, which are named for it: leave it out")
     return given
 
