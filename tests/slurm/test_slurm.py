@@ -82,7 +82,7 @@ def test_preempted_it_makes_room_and_goes_on(launch: Launcher, cluster: Cluster,
 
 def test_at_the_time_limit_it_is_requeued(launch: Launcher, cluster: Cluster, reference: Path) -> None:
     """The warning comes by hand, too: the scheduler's own clock has a grid of 30 s. What it means is judged by the end time."""
-    job, folder = launch.submit("limit", "timeout_min=1", "signal_delay_s=30", "max_num_timeout=9")
+    job, folder = launch.submit("limit", "timeout_min=2", "signal_delay_s=30", "max_num_timeout=9")
     for start in (1, 2):
         launch.at_step(folder, 1, start)
         subprocess.run(["scancel", "--signal=USR2", job], env=cluster.environ(), check=True)
@@ -94,7 +94,7 @@ def test_at_the_time_limit_it_is_requeued(launch: Launcher, cluster: Cluster, re
 
 
 def test_time_limits_are_counted(launch: Launcher, cluster: Cluster) -> None:
-    job, folder = launch.submit("counted", "timeout_min=1", "signal_delay_s=30", "max_num_timeout=0", "steps=100000")
+    job, folder = launch.submit("counted", "timeout_min=2", "signal_delay_s=30", "max_num_timeout=0", "steps=100000")
     launch.at_step(folder, 3)
     subprocess.run(["scancel", "--signal=USR2", job], env=cluster.environ(), check=True)
     assert launch.ended(job) == "FAILED"
