@@ -234,6 +234,21 @@ def test_evaluate_says_what_does_not_fit(made: Path, arguments: dict[str, Any], 
         metadist.evaluate(made, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        # what ends a job's start, lists runs, submits: on a login node, or once for every start
+        ("metadist.run.cluster.after, metadist.run.cluster.status, metadist.run.cluster.command, metadist.store", "torch"),
+        # what every worker imports
+        ("metadist.run.trainer, metadist.exchange, metadist.data", "sklearn matplotlib torchvision torch._dynamo"),
+    ],
+)
+def test_what_starts_often_imports_nothing_heavy(modules: str, without: str) -> None:
+    code = f"import sys, {modules}\nprint(*({set(without.split())} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n", f"{modules} bring along {done.stdout}"
+
+
 def test_import_is_light_and_evaluate_is_room_and_function() -> None:
     code = """
 import sys, metadist

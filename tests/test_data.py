@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
@@ -51,6 +52,17 @@ def test_digits_shapes_and_types() -> None:
     assert (data.channels, data.size, len(data.classes), data.name) == (1, 8, 10, "digits")
     raw = data.normalization.invert(data.train.x)
     assert raw.min() >= -1e-12 and raw.max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_digits_are_scikit_learn_s(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, read from its file or, where another version keeps it elsewhere, by its own function."""
+    if elsewhere:
+        monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    x, y = sources.digits().train
+    images, labels = load_digits(return_X_y=True)
+    assert torch.equal(x, torch.from_numpy(images / 16.0).to(torch.float32).reshape(-1, 1, 8, 8))
+    assert torch.equal(y, torch.from_numpy(labels).to(torch.int64))
 
 
 def test_digits_splits_partition_the_whole() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -53,6 +52,8 @@ def _class_mean(x: Tensor, k: int, key: Tensor) -> Tensor:
 
 def _kmeans(x: Tensor, k: int, key: Tensor) -> Tensor:
     """Centroids of Lloyd's algorithm from k-means++ (scikit-learn, on the CPU)."""
+    from sklearn.cluster import KMeans  # two seconds that other sets do without
+
     seed = int(draw.bits(key, 1).item())
     # On several threads scikit-learn adds up in the order they happen to finish.
     with threadpool_limits(1):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def duration(seconds: float) -> str:
@@ -27,6 +29,8 @@ def megabytes(mb: float) -> str:
 
 def peak_memory_mb(device: torch.device | str = "cpu") -> float:
     """Peak memory of this process so far in MB (1e6 bytes): on a GPU what tensors took there, else resident memory."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import metadist
 from metadist.config import Config
-from metadist.evaluate.picture import save as save_report
 from metadist.evaluate.statistics import Summary
 from metadist.exchange import Exchange
 from metadist.run import judge
@@ -79,7 +78,9 @@ def write(setup: Setup, state: MetaState, folder: RunFolder, best: Phi, summary:
     chosen = judge.distilled(setup, best, state.best_step, metrics)
     folder.fence()
     if report:
-        save_report(report, folder.path / "report.png")
+        from metadist.evaluate import picture as page  # matplotlib: half a second that only rank 0 spends
+
+        page.save(report, folder.path / "report.png")
         folder.fence()  # drawing takes seconds
     chosen.save(folder.path / "distilled.safetensors")
     judge.distilled(setup, dict(state.kept), state.step, {}).save(folder.path / "distilled-last.safetensors")

@@ -20,7 +20,7 @@ from torch import Tensor
 import metadist
 from metadist import draw
 from metadist.data import Split
-from metadist.evaluate import bias, network_picture
+from metadist.evaluate import bias
 from metadist.evaluate.statistics import Summary
 from metadist.evaluate.train import at_once, predictions, statistics
 from metadist.exchange import Exchange
@@ -171,6 +171,8 @@ class Networks:
         teachers = {name: sum(t["errors"]) / len(t["errors"]) for name, t in zip(names, alike, strict=True)}
         title = f"{summary['method']} on {summary['data']}, {summary['net']}, {summary['steps']} steps"
         images = self.setup.data.normalization.invert(test.x)
+        from metadist.evaluate import network_picture  # matplotlib: half a second that only rank 0 spends
+
         network_picture.save(folder.path / "report.png", title, guesses, test.y, images, classes, teachers)
 
     @torch.no_grad()

@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from metadist.errors import RunError
-from metadist.store.files import atomic_write, clean, load_tensors, pack, unpack
+from metadist.store.atomic import atomic_write, clean
+from metadist.store.files import load_tensors, pack, unpack
 
 log = logging.getLogger("metadist")
 

@@ -1,4 +1,4 @@
-"""Checkpoints of one run, and the incarnation numbers that fence them.
+"""Checkpoints of one run, fenced by the numbers of ``metadist.store.claim``.
 
 Design choices
 - A file is named by step AND incarnation: `step-0000000300.inc-0002.safetensors`. A process forgotten on some node can only
@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from metadist.store.atomic import clean
 
-from metadist.store.files import Torn, clean, disk_error, load_tensors, save_tensors
+if TYPE_CHECKING:
+    from torch import Tensor  # to see which checkpoints there are takes no torch
 
 log = logging.getLogger("metadist")
 _NAME = re.compile(r"step-(\d+)\.inc-(\d+)\.safetensors")
@@ -33,32 +32,6 @@ class Saved(NamedTuple):
     step: int
     incarnation: int
     path: Path
-
-
-def claim(run_dir: Path | str) -> int:
-    """The next incarnation number of a run folder (1, 2, ...), claimed for this process alone, across machines.
-
-    The claim is a file made with O_EXCL in `run_dir/incarnations/` that says who holds it. Raises RunError if it cannot
-    be made.
-    """
-    folder = Path(run_dir) / "incarnations"
-    number = 1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        number += max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
-        while True:
-            try:
-                fd = os.open(folder / f"{number:04d}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                number += 1
-                continue
-            with os.fdopen(fd, "w") as f:
-                f.write(f"{socket.gethostname()} {os.getpid()}\n")
-                f.flush()
-                os.fsync(f.fileno())
-            return number
-    except OSError as e:
-        raise disk_error(folder / f"{number:04d}", 64, e) from e
 
 
 class Checkpoints:
@@ -94,6 +67,8 @@ class Checkpoints:
         A second save of the same step replaces the first. Raises RunError when the disk refuses: the older checkpoints
         are then all intact.
         """
+        from metadist.store.files import save_tensors
+
         path = self.path(step)
         save_tensors(path, tensors, {"step": step, "user": dict(metadata)})
         self._prune()
@@ -104,6 +79,8 @@ class Checkpoints:
 
         Each torn one on the way is named in a warning of the logger "metadist".
         """
+        from metadist.store.files import Torn, load_tensors
+
         saved = self.saved()
         for step, _, path in saved:
             try:

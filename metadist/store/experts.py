@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metadist.errors import RunError, UserError
+from metadist.store.atomic import write_first
 from metadist.store.coding import Trajectory
-from metadist.store.files import Torn, prove, read_header, save_tensors, write_first
+from metadist.store.files import Torn, prove, read_header, save_tensors
 
 FORMAT = 1
 

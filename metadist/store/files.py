@@ -1,25 +1,18 @@
-"""Files that are either whole and proven so, or refused: atomic writes and checksummed tensors.
+"""Checksummed tensors: a file is either whole and proven so, or refused.
 
 Design choices
-- A write goes to a temporary name in the same folder, is flushed to the disk (fsync), renamed, and the folder is flushed:
-  at any instant of a kill or a power cut the final name holds the old content or the new one, never a part of it.
+- Written by ``metadist.store.atomic``: all of it or nothing.
 - Tensors are safetensors, never pickle. The SHA-256 covers the WHOLE file, header included: it is computed with 64 zeros in
   its own place inside the metadata and then put there. One file, no sidecar, and every flipped byte shows.
 - All metadata is one JSON string under one key, so that equal content gives equal bytes on disk.
-- A full, read-only or forbidden disk is a RunError of one line: the path, the size needed and the mend.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import mmap
-import os
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,23 +23,11 @@ import torch
 from torch import Tensor
 
 from metadist.errors import RunError
+from metadist.store.atomic import atomic_write
 
 _ZEROS = "0" * 64
 # As it stands in the file: the JSON string of the metadata, quoted once more by the header's own JSON.
 _MARK = b'{\\"sha256\\":\\"'
-_TEMP = ".tmp"
-_STALE_S = 86400.0  # a temporary file of another machine is given up after a day
-_counter = itertools.count()
-_active: set[Path] = set()  # temporary files this process is writing now
-
-_MENDS = {
-    errno.ENOSPC: "free that much there and start the same command again",
-    errno.EDQUOT: "your quota is used up: free that much there and start the same command again",
-    errno.EROFS: "choose a folder on a writable disk and start the same command again",
-    errno.EACCES: "make the folder writable for you or choose another",
-    errno.EPERM: "make the folder writable for you or choose another",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and start the same command again",
-}
 
 
 class Torn(RunError):
@@ -56,114 +37,6 @@ class Torn(RunError):
         """Keep both; the message is one line."""
         super().__init__(f"{path} cannot be trusted: {why}")
         self.path, self.why = Path(path), why
-
-
-def disk_error(path: Path, size: int, cause: OSError) -> RunError:
-    """The one line for a write of ``size`` bytes to ``path`` that failed."""
-    mend = _MENDS.get(cause.errno or 0, "mend that and start the same command again")
-    what = cause.strerror or str(cause)
-    return RunError(f"cannot write {path} ({size / 1e6:.3g} MB needed): {what}; what was there is intact; {mend}")
-
-
-def _flush_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
-            raise
-    finally:
-        os.close(fd)
-
-
-def _write_flushed(path: Path, data: bytes, mode: int) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def atomic_write(path: Path | str, data: bytes, mode: int = 0o666) -> None:
-    """Put ``data`` at ``path``, all of it or nothing; missing folders are made.
-
-    mode: the file's, less the umask, from its first byte on.
-    Raises RunError (path, MB needed, mend) when the disk refuses; the old file is then intact and no temporary file is left.
-    """
-    path = Path(path)
-    temp = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.{next(_counter)}{_TEMP}"
-    _active.add(temp)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp.unlink(missing_ok=True)  # left by a dead process that had our number
-        _write_flushed(temp, data, mode)
-        temp.replace(path)
-        _flush_folder(path.parent)
-    except BaseException as e:
-        with contextlib.suppress(OSError):
-            temp.unlink(missing_ok=True)
-        if isinstance(e, OSError):
-            raise disk_error(path, len(data), e) from e
-        raise
-    finally:
-        _active.discard(temp)
-
-
-def write_first(path: Path, data: bytes, mode: int = 0o666) -> bool:
-    """Put ``data`` at ``path`` unless the name exists; whole or not at all. Returns whether it was ours."""
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.0{_TEMP}")  # the pattern clean() knows
-    atomic_write(draft, data, mode)
-    try:
-        os.link(draft, path)
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: the check is then not atomic, the write still is
-        if path.exists():
-            return False
-        try:
-            draft.replace(path)
-        except OSError as e:
-            raise disk_error(path, len(data), e) from e
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def _is_stale(temp: Path) -> bool:
-    parts = temp.name.removesuffix(_TEMP).rsplit(".", 2)
-    if len(parts) != 3 or not parts[1].isdigit():
-        return False
-    pid, here = int(parts[1]), parts[0].endswith(f".{socket.gethostname()}")
-    if here and pid == os.getpid():  # in a container the next process often has the same number
-        return temp not in _active
-    if here:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return False
-    return time.time() - temp.stat().st_mtime > _STALE_S
-
-
-def clean(folder: Path | str) -> list[Path]:
-    """Remove the temporary files in ``folder`` whose writers are dead; returns what was removed.
-
-    A writer on this machine is asked for by its process number; one of another machine is given up after a day.
-    """
-    removed = []
-    for temp in Path(folder).glob(f".*{_TEMP}"):
-        with contextlib.suppress(OSError):  # another process may clean at the same time; a read-only disk keeps its rubbish
-            if _is_stale(temp):
-                temp.unlink()
-                removed.append(temp)
-    return removed
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:

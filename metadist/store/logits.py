@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from metadist.errors import RunError
+from metadist.store.atomic import clean
 from metadist.store.cache import locked
-from metadist.store.files import clean, proven, save_tensors
+from metadist.store.files import proven, save_tensors
 
 log = logging.getLogger("metadist")
 _NAME = "logits"

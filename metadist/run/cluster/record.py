@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.run.cluster.scheduler import Job
+from metadist.store import atomic_write
 
 TIMEOUT, PREEMPTED, SIGNALLED = "time limit", "preempted", "signalled"
 CANCELLED, TERMINATED, REQUEUED = "cancelled", "terminated", "requeued"
@@ -37,8 +38,6 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Put a record at ``path``, whole or not at all."""
-    from metadist.store import atomic_write  # brings torch along: a rank must hold signals back before that
-
     atomic_write(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
