@@ -17,7 +17,7 @@ import pytest
 from slurm_programs import SLURM, Programs, make_end, make_run, shown, watch_status
 
 from metadist.errors import UserError
-from metadist.run.cluster import after, here, rank, record, scheduler
+from metadist.run.cluster import after, here, record, scheduler
 from metadist.run.cluster.network import interfaces, own_address
 
 # --- the batch file's last line -----------------------------------------------------------------------------------------------
@@ -126,17 +126,21 @@ def test_after_a_finish(ending: Ending) -> None:
     assert record.read(Path("x/ends/0002.json"))["reason"] == "finished"
 
 
-@pytest.mark.parametrize(("done", "requeued"), [(400, False), (399, True)])
-def test_told_to_stop_after_its_result(done: int, requeued: bool, ending: Ending, slurm: Programs) -> None:
-    """The warning may come between the last write and the end: what is finished by its own length needs no further start."""
-    config = {**record.read(Path("x/config.json"))}
+@pytest.mark.parametrize(
+    ("reason", "code"), [("time limit", 0), ("preempted", 0), ("terminated", 137), (None, 137), (None, 140)]
+)
+@pytest.mark.parametrize("done", [400, 399])
+def test_stopped_or_killed_when_its_result_was_there(done: int, reason: str | None, code: int, ending: Ending) -> None:
+    """The warning may come while the last lines are written: what is finished by its own length needs no further start."""
+    config = record.read(Path("x/config.json"))
     record.write(Path("x/starts/0002.json"), {"config": config})
     record.write(Path("x/config.json"), {**config, "steps": 100})  # as the run began; the start at hand prolongs it
     record.write(Path("x/summary.json"), {"steps": done})
-    slurm.scontrol(shown("RUNNING", restarts="1", preempt="2026-11-21T04:30:00"))
-    assert rank._stopped(Path("x"), record.Slot.here(), "SIGUSR2") == 0
-    assert record.read(Path("x/ends/0002.json"))["reason"] == ("preempted" if requeued else "finished")
-    assert ending(0)[::3] == ((140, True) if requeued else (0, False))
+    if reason:
+        make_end(Path("x"), 2, reason)
+    status, _, _, requeued = ending(code)
+    assert requeued == (done < 400) and (status == 0) == (done == 400)
+    assert (record.read(Path("x/ends/0002.json"))["reason"] == "finished") == (done == 400)
 
 
 def test_after_a_start_that_never_began(ending: Ending) -> None:

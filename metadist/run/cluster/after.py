@@ -75,14 +75,23 @@ def _end(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
     """How this start ended: as rank 0 recorded it, else as the ranks' faults, srun's status and the scheduler tell."""
     incarnation = read(slot.meet(run_dir)).get("incarnation")
     path = end_path(run_dir, incarnation or 0, "" if incarnation else f"-{slot.job}-{slot.start}")
-    end = read(path)
-    if end and not (end["reason"] == TERMINATED and status):  # else srun sent the SIGTERM, because a rank had died
-        return end
-    began = incarnation is not None
-    end = {**_reason(run_dir, slot, status, began), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
-    if incarnation != 0:  # 0: there was nothing left to do
+    end = known = read(path)
+    if not known or (known["reason"] == TERMINATED and status):  # then srun sent the SIGTERM, because a rank had died
+        began = incarnation is not None
+        end = {**_reason(run_dir, slot, status, began), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
+    if end["reason"] not in (FINISHED, REFUSED, FAILED) and _whole(run_dir, incarnation):
+        end = {**end, "reason": FINISHED, "status": 0}
+    if incarnation != 0 and end != known:  # 0: there was nothing left to do
         write(path, {**end, "time": time.time()})
     return end
+
+
+def _whole(run_dir: Path, incarnation: int | None) -> bool:
+    """Whether the run has its result, by this start's own length: whatever ended it then, nothing is left to be started for."""
+    if incarnation is None:
+        return False
+    config = read(run_dir / "starts" / f"{incarnation:04d}.json").get("config") or read(run_dir / "config.json")
+    return bool(read(run_dir / "summary.json").get("steps", -1) >= config["steps"])
 
 
 def _reason(run_dir: Path, slot: Slot, status: int, began: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metadist.run.cluster.record import FINISHED, LOST_STATUS, Slot, end_path, folder_of, read, why, write
+from metadist.run.cluster.record import LOST_STATUS, Slot, end_path, folder_of, read, why, write
 from metadist.run.signals import SIGNALS, Stop, stop_status
 
 _POLL_S = 0.1
@@ -155,16 +155,17 @@ def _stopped(run_dir: Path, slot: Slot, name: str) -> int:
     from metadist.run.cluster import scheduler
     from metadist.run.folder import RunFolder
 
-    incarnation = read(slot.meet(run_dir)).get("incarnation")
-    folder = RunFolder.attach(run_dir, incarnation or 0)
+    folder = RunFolder.attach(run_dir)
+    limit = os.environ.get("SLURM_JOB_END_TIME")
+    reason = why(
+        name,
+        scheduler.ask(slot.raw_job),
+        slot.start,
+        folder.config.cluster.signal_delay_s,
+        float(limit) if limit else None,
+    )
     step, status = folder.newest_step, stop_status(name)
-    if folder.finished is not None:  # told between its result and its farewell: nothing is left to be requeued for
-        reason, status = FINISHED, 0
-    else:
-        limit = os.environ.get("SLURM_JOB_END_TIME")
-        seen, delay = scheduler.ask(slot.raw_job), folder.config.cluster.signal_delay_s
-        reason = why(name, seen, slot.start, delay, float(limit) if limit else None)
-    if incarnation:
+    if incarnation := read(slot.meet(run_dir)).get("incarnation"):
         record = {"reason": reason, "status": status, "step": step, "job": slot.job, "start": slot.start, "time": time.time()}
         write(end_path(run_dir, incarnation), record)
         status = 0  # the batch script's last line knows: any other status than 0 is then another rank's
