@@ -14,7 +14,7 @@ import pytest
 from cluster import Cluster
 from launcher import ROOT, Launcher
 
-WORDS = ["data=digits", "net=mlp", "net.width=8", "net.depth=1", "experts=6", "epochs=40", "experts.images=1024"]
+WORDS = ["data=digits", "net=mlp", "net.width=8", "net.depth=1", "experts=6", "epochs=24", "experts.images=1024"]
 WORDS += ["experts.batch=16", "experts.group=1", "device=cpu", "threads=1", "engine.compile=off"]
 
 
@@ -49,7 +49,7 @@ def test_an_array_loses_an_element_and_makes_what_one_worker_makes(
     assert weights(launch.place) == alone and len(alone) == 6
     assert json.loads((folder / "summary.json").read_text())["finished"] and not list(folder.glob("partial/*"))
     done = launch(*words, program="experts")
-    assert done.stdout.startswith("6 experts x 40 epochs: ") and "submitted" not in done.stdout
+    assert done.stdout.startswith("6 experts x 24 epochs: ") and "submitted" not in done.stdout
 
 
 def test_scancel_keeps_what_was_done_and_the_same_command_goes_on(
