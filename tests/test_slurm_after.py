@@ -85,7 +85,7 @@ def test_after_the_time_limit(ending: Ending) -> None:
 def test_after_a_worker_was_killed(ending: Ending) -> None:
     (Path("x/checkpoints")).mkdir()
     for step in (8, 12):
-        Path(f"x/checkpoints/step-{step:08d}.1.safetensors").touch()
+        Path(f"x/checkpoints/step-{step:010d}.inc-0001.safetensors").touch()
     assert ending(137) == (1, "worker lost: requeued (1 of at most 2 times) from step 12\n", "", True)
     told = record.read(Path("x/ends/0002.json"))
     assert (told["reason"], told["status"], told["step"], told["job"], told["start"]) == ("worker lost", 1, 12, "4711", 1)

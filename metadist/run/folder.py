@@ -26,7 +26,7 @@ from metadist.config import Config
 from metadist.errors import RunError, UserError
 from metadist.identity import default_run_dir, identity
 from metadist.run.environment import changed_code, environment, packages
-from metadist.store import Checkpoints, atomic_write, claim, clean, write_first
+from metadist.store import Checkpoints, atomic_write, claim, clean, newest_step, write_first
 
 _POLL_S = 0.05
 
@@ -135,7 +135,7 @@ class RunFolder:
     @property
     def newest_step(self) -> int:
         """Step of the newest checkpoint, 0 if there is none. Its content is not checked."""
-        return max((s.step for s in self.checkpoints.saved()), default=0)
+        return newest_step(self.path / "checkpoints")
 
     def resolve(self, name: str, compute: Callable[[], Any], anyone: bool = False) -> Any:
         """The value of ``name`` that this run uses for ever: recorded already, or computed now and recorded.

@@ -24,6 +24,7 @@ from typing import Any
 from metadist.errors import UserError
 from metadist.identity import FREE, is_circumstance
 from metadist.run.table import table
+from metadist.store import newest_step
 
 USAGE = "usage: python launch/runs.py [folder ...] [compare=<run>,<run>] [json=true]"
 
@@ -67,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read(folder: Path) -> Row:
     """The row of one run folder."""
     config, summary = _leaves(read_json(folder / "config.json")), read_json(folder / "summary.json")
-    step = max(_newest_step(folder), int(summary.get("steps", 0)))
+    step = max(newest_step(folder / "checkpoints"), int(summary.get("steps", 0)))
     test, random = _part(summary, "test"), _part(_part(summary, "baselines"), "random")
     steps = int(config.get("steps", 0))
     return Row(
@@ -98,11 +99,6 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict) and f"{prefix}{key}" not in FREE
         out |= _leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return out
-
-
-def _newest_step(folder: Path) -> int:
-    names = (re.match(r"step-(\d+)\.", p.name) for p in (folder / "checkpoints").glob("step-*.safetensors"))
-    return max((int(m[1]) for m in names if m), default=0)
 
 
 def _date(folder: Path) -> str:

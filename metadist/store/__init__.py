@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from metadist.store.atomic import atomic_write, claim, clean, disk_error, write_first
-from metadist.store.checkpoints import Checkpoints, Saved
+from metadist.store.checkpoints import Checkpoints, Saved, newest_step
 
 if TYPE_CHECKING:
     from metadist.store.cache import cached
@@ -25,6 +25,7 @@ __all__ = [
     "clean",
     "disk_error",
     "load_tensors",
+    "newest_step",
     "save_tensors",
     "write_first",
 ]

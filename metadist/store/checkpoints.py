@@ -34,6 +34,18 @@ class Saved(NamedTuple):
     path: Path
 
 
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint in ``folder`` by its name, whole or torn; 0 if there is none. Nothing is touched."""
+    return max((saved.step for saved in _listed(folder)), default=0)
+
+
+def _listed(folder: Path) -> list[Saved]:
+    if not folder.is_dir():
+        return []
+    found = [(m, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return sorted((Saved(int(m[1]), int(m[2]), p) for m, p in found), reverse=True)
+
+
 class Checkpoints:
     """The checkpoints in one folder.
 
@@ -56,10 +68,7 @@ class Checkpoints:
 
     def saved(self) -> list[Saved]:
         """All checkpoints on disk, whole or torn, newest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [(m, p) for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-        return sorted((Saved(int(m[1]), int(m[2]), p) for m, p in found), reverse=True)
+        return _listed(self.folder)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
         """Write the checkpoint of ``step``, then prune; returns its path.

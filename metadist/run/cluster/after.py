@@ -13,6 +13,7 @@ Design choices
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ from metadist.run.cluster.record import (
     why,
     write,
 )
+from metadist.store import newest_step
 
 WARNED = 128 + signal.SIGUSR2
 _KILLED_SOON_S = 60.0  # SLURM ends a requeued job's batch script itself
@@ -78,7 +80,12 @@ def _end(run_dir: Path, slot: Slot, status: int) -> dict[str, Any]:
     end = known = read(path)
     if not known or (known["reason"] == TERMINATED and status):  # then srun sent the SIGTERM, because a rank had died
         began = incarnation is not None
-        end = {**_reason(run_dir, slot, status, began), "step": newest_step(run_dir), "job": slot.job, "start": slot.start}
+        end = {
+            **_reason(run_dir, slot, status, began),
+            "step": newest_step(run_dir / "checkpoints"),
+            "job": slot.job,
+            "start": slot.start,
+        }
     if end["reason"] not in (FINISHED, REFUSED, FAILED) and _whole(run_dir, incarnation):
         end = {**end, "reason": FINISHED, "status": 0}
     if incarnation != 0 and end != known:  # 0: there was nothing left to do
@@ -90,8 +97,9 @@ def _whole(run_dir: Path, incarnation: int | None) -> bool:
     """Whether the run has its result, by this start's own length: whatever ended it then, nothing is left to be started for."""
     if incarnation is None:
         return False
+    # By ``read``, not by RunFolder: a record that this node can't see yet must not stop a requeue.
     config = read(run_dir / "starts" / f"{incarnation:04d}.json").get("config") or read(run_dir / "config.json")
-    return bool(read(run_dir / "summary.json").get("steps", -1) >= config["steps"])
+    return bool(read(run_dir / "summary.json").get("steps", -1) >= config.get("steps", math.inf))
 
 
 def _reason(run_dir: Path, slot: Slot, status: int, began: bool) -> dict[str, Any]:
@@ -140,12 +148,6 @@ def _unseen(run_dir: Path, status: int) -> int:
           f"this Python ({sys.executable}); nodes {os.environ.get('SLURM_JOB_NODELIST', '')}",
           file=sys.stderr, flush=True)  # fmt: skip
     return status or 1
-
-
-def newest_step(run_dir: Path) -> int:
-    """Step of the newest checkpoint by its name: nothing heavy is imported here."""
-    names = (p.name.split(".")[0].removeprefix("step-") for p in (run_dir / "checkpoints").glob("step-*.safetensors"))
-    return max((int(n) for n in names if n.isdigit()), default=0)
 
 
 def _compare(place: Path) -> None:
